@@ -1,0 +1,63 @@
+"""skipwise: find the computation that a diffusion transformer does not need, skip it, and know what it cost you."""
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from skipwise.analysis import Analysis, analyze
+    from skipwise.blocks import find_contract
+    from skipwise.cost import estimate
+    from skipwise.errors import UserError
+    from skipwise.evaluation import Result, evaluate
+    from skipwise.loading import load, load_skeleton
+    from skipwise.plan import Plan
+    from skipwise.planners import make_plan
+    from skipwise.report import write_report
+    from skipwise.sampling import generate
+    from skipwise.skipping import skip
+
+# Every public name and its module; imported when first used, so that `import skipwise` is quick and has no side effect.
+_HOMES = {
+    "Analysis": "analysis",
+    "Plan": "plan",
+    "Result": "evaluation",
+    "UserError": "errors",
+    "analyze": "analysis",
+    "estimate": "cost",
+    "evaluate": "evaluation",
+    "find_contract": "blocks",
+    "generate": "sampling",
+    "load": "loading",
+    "load_skeleton": "loading",
+    "make_plan": "planners",
+    "skip": "skipping",
+    "write_report": "report",
+}
+
+__all__ = [  # noqa: F822 (found by __getattr__)
+    "Analysis",
+    "Plan",
+    "Result",
+    "UserError",
+    "analyze",
+    "estimate",
+    "evaluate",
+    "find_contract",
+    "generate",
+    "load",
+    "load_skeleton",
+    "make_plan",
+    "skip",
+    "write_report",
+]
+__version__ = "0.1.0"
+
+
+def __getattr__(name: str) -> Any:
+    if name in _HOMES:
+        return getattr(importlib.import_module(f"skipwise.{_HOMES[name]}"), name)
+    raise AttributeError(f"module 'skipwise' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *__all__])

@@ -1,0 +1,299 @@
+"""FLOPs, bytes and memory of a model under a plan. Never allocates a weight: works on a model on the meta device.
+
+FLOPs follow from formulas, evaluated on the shapes of one forward: a matrix product of (rows, inner) by (inner,
+columns) costs 2 * rows * inner * columns; attention 2 * queries * keys * (key width + value width) for every head and
+example, masked or not; a convolution 2 * outputs * inputs per output. Everything else is not counted, as in the papers
+and in torch's own counter, against which the tests hold this one.
+"""
+
+import math
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field, fields
+from typing import Any
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+
+from skipwise.blocks import Contract, find_contract
+from skipwise.errors import unknown
+from skipwise.examples import Size, example_inputs, shapes_only
+from skipwise.plan import Phase, Plan
+from skipwise.skipping import whole
+
+
+@dataclass
+class Price:
+    """What a part of a model costs in one forward.
+
+    flops: all counted FLOPs, of which attention_flops are score and value products (they grow with length squared);
+    weight_bytes: parameters, in their dtype; activation_bytes: what its matrix products and attentions write.
+    """
+
+    flops: int = 0
+    attention_flops: int = 0
+    weight_bytes: int = 0
+    activation_bytes: int = 0
+
+    def __add__(self, other: "Price") -> "Price":
+        return Price(*(getattr(self, f.name) + getattr(other, f.name) for f in fields(Price)))
+
+
+@dataclass(frozen=True)
+class Prices:
+    """The price of every block and of all that is outside of the blocks, at one input size."""
+
+    blocks: Mapping[str, tuple[Price, ...]]
+    outside: Price
+    size: Size | None = None
+
+    def of_blocks(self, skip: Mapping[str, Any] | None = None) -> Price:
+        """All blocks but the skipped ones."""
+        skip = skip or {}
+        kept = (p for name, row in self.blocks.items() for i, p in enumerate(row) if i not in skip.get(name, ()))
+        return sum(kept, Price())
+
+    def forward(self, skip: Mapping[str, Any] | None = None) -> Price:
+        """One forward with these blocks skipped."""
+        return self.of_blocks(skip) + self.outside
+
+
+@dataclass(frozen=True)
+class Cost:
+    """A model under a plan, per denoising step on average over the trajectory, and what the plan saves.
+
+    saved_block_flops: fraction of the FLOPs of the blocks (the papers' count); saved_head_flops: fraction when the
+    rest of the model, mainly the language-model head, is counted too but attention products are not (paper 1's second
+    figure); saved_all_in_flops: fraction of everything, attention at this input size included.
+    weight_bytes: what must be held; activation_bytes: written in the costliest phase.
+    """
+
+    block_flops: float
+    all_in_flops: float
+    weight_bytes: int
+    activation_bytes: int
+    saved_block_flops: float
+    saved_head_flops: float
+    saved_all_in_flops: float
+
+
+def estimate(
+    model: nn.Module,
+    plan: Plan | None = None,
+    size: Size | None = None,
+    others: Mapping[str, nn.Module] | None = None,
+    example: Mapping[str, Any] | None = None,
+) -> Cost:
+    """Price a model under a plan. `others` are the models that phases name, `size` how large the forward is.
+
+    Raises UserError when the plan was made for another model or names a model that `others` lacks.
+    """
+    contract = find_contract(model, example)
+    if plan is not None:
+        plan.check_model(contract.shape)
+    prices = price_blocks(model, size, contract, example)
+    named = {name: price_blocks(other, size) for name, other in (others or {}).items()}
+    return cost_of(prices, plan, named)
+
+
+def cost_of(prices: Prices, plan: Plan | None, others: Mapping[str, Prices] | None = None) -> Cost:
+    """`estimate` from prices that are already known; arithmetic only."""
+    whole_blocks, whole = prices.of_blocks(), prices.forward()
+    block = head = all_in = begun = 0.0
+    activation, resident = 0, {}
+    for phase in plan.phases if plan else (Phase(),):
+        source = prices if phase.model is None else _other(others or {}, phase.model)
+        part, begun = phase.until - begun, phase.until
+        blocks, forward = source.of_blocks(phase.skip), source.forward(phase.skip)
+        block += part * blocks.flops
+        head += part * (forward.flops - forward.attention_flops)
+        all_in += part * forward.flops
+        activation = max(activation, forward.activation_bytes)
+        resident[phase.model] = _needed(resident.get(phase.model), phase.skip), source
+    return Cost(
+        block_flops=block,
+        all_in_flops=all_in,
+        weight_bytes=sum(source.forward(never).weight_bytes for never, source in resident.values()),
+        activation_bytes=activation,
+        saved_block_flops=1 - block / whole_blocks.flops,
+        saved_head_flops=1 - head / (whole.flops - whole.attention_flops),
+        saved_all_in_flops=1 - all_in / whole.flops,
+    )
+
+
+def _other(others: Mapping[str, Prices], name: str) -> Prices:
+    if name not in others:
+        raise unknown("model in a plan's phase", name, others)
+    return others[name]
+
+
+def _needed(before: tuple[dict, Prices] | None, skip: Mapping[str, tuple[int, ...]]) -> dict[str, tuple[int, ...]]:
+    """Blocks that no phase so far has run: skipped before and skipped now."""
+    if before is None:
+        return dict(skip)
+    return {name: tuple(set(numbers) & set(skip.get(name, ()))) for name, numbers in before[0].items()}
+
+
+_known: WeakKeyDictionary[nn.Module, dict[Size, Prices]] = WeakKeyDictionary()
+
+
+def price_blocks(
+    model: nn.Module,
+    size: Size | None = None,
+    contract: Contract | None = None,
+    example: Mapping[str, Any] | None = None,
+) -> Prices:
+    """Price every block of a model by one forward on shapes alone; the model itself is neither run nor changed.
+
+    Prices are remembered for each model and size."""
+    size = size or Size()
+    known = _known.setdefault(model, {})
+    if example is not None or size not in known:
+        with whole(model):
+            prices = _price(model, size, contract or find_contract(model, example), example)
+        if example is not None:
+            return prices
+        known[size] = prices
+    return known[size]
+
+
+def _price(model: nn.Module, size: Size, contract: Contract, example: Mapping[str, Any] | None) -> Prices:
+    owners = {
+        block: (name, i)
+        for name, stack in contract.stacks.items()
+        for path in (name, *stack.coupled)
+        for i, block in enumerate(model.get_submodule(path))
+    }
+    meter = Meter()
+    example = example_inputs(model, size, device="meta") if example is None else _to_meta(example)
+    with _on_meta(model), _attributing(meter, owners), torch.no_grad(), shapes_only(), meter:
+        model(**example)
+    _add_weights(meter, model, owners)
+    blocks = {
+        name: tuple(meter.prices.get((name, i), Price()) for i in range(stack.length))
+        for name, stack in contract.stacks.items()
+    }
+    return Prices(blocks, meter.prices.get(None, Price()), size)
+
+
+def _to_meta(example: Mapping[str, Any]) -> dict[str, Any]:
+    large = lambda value: isinstance(value, Tensor) and value.is_floating_point()  # noqa: E731
+    return {key: value.to("meta") if large(value) else value for key, value in example.items()}
+
+
+@contextmanager
+def _on_meta(model: nn.Module) -> Iterator[None]:
+    """Show the model's parameters and buffers as meta tensors for a while; the real ones are put back untouched."""
+    swapped: list[tuple[dict[str, Any], str, Any]] = []
+    try:
+        for module in model.modules():
+            for table in (module._parameters, module._buffers):
+                for name, tensor in table.items():
+                    if tensor is not None and not tensor.is_meta:
+                        swapped.append((table, name, tensor))
+                        meta = tensor.detach().to("meta")
+                        table[name] = nn.Parameter(meta, requires_grad=False) if table is module._parameters else meta
+        yield
+    finally:
+        for table, name, tensor in swapped:
+            table[name] = tensor
+
+
+@contextmanager
+def _attributing(meter: "Meter", owners: Mapping[nn.Module, tuple[str, int]]) -> Iterator[None]:
+    """Charge what runs inside a block to that block."""
+    handles = []
+    for block, owner in owners.items():
+        handles.append(block.register_forward_pre_hook(lambda *_, owner=owner: meter.enter(owner)))
+        handles.append(block.register_forward_hook(lambda *_: meter.enter(None)))
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _add_weights(meter: "Meter", model: nn.Module, owners: Mapping[nn.Module, tuple[str, int]]) -> None:
+    """Charge every parameter once: to the first block that holds it, or to the outside."""
+    seen: set[int] = set()
+
+    def charge(module: nn.Module, owner: tuple[str, int] | None) -> None:
+        for parameter in module.parameters():
+            if id(parameter) not in seen:
+                seen.add(id(parameter))
+                price = meter.prices.setdefault(owner, Price())
+                price.weight_bytes += parameter.numel() * parameter.element_size()
+
+    for block, owner in owners.items():
+        charge(block, owner)
+    charge(model, None)
+
+
+def _matmul(out: Tensor, a: Tensor, b: Tensor, *_: Any, **__: Any) -> int:
+    return 2 * out.numel() * a.shape[-1]
+
+
+def _addmm(out: Tensor, bias: Tensor, a: Tensor, b: Tensor, *_: Any, **__: Any) -> int:
+    return 2 * out.numel() * a.shape[-1]
+
+
+def _convolution(out: Tensor, x: Tensor, weight: Tensor, *_: Any, **__: Any) -> int:
+    return 2 * out.numel() * math.prod(weight.shape[1:])
+
+
+def _einsum(out: Tensor, equation: str, *operands: Any, **__: Any) -> int:
+    tensors = operands[0] if isinstance(operands[0], tuple | list) else operands
+    letters = zip(equation.replace(" ", "").split("->")[0].split(","), tensors, strict=True)
+    sizes = {letter: n for term, tensor in letters for letter, n in zip(term, tensor.shape, strict=True)}
+    return 2 * math.prod(sizes.values())
+
+
+def _attention(out: Tensor, query: Tensor, key: Tensor, value: Tensor, *_: Any, **__: Any) -> int:
+    # (..., heads, queries, key width), (..., key heads, keys, key width), (..., key heads, keys, value width)
+    return 2 * query.shape[:-1].numel() * key.shape[-2] * (query.shape[-1] + value.shape[-1])
+
+
+# function name -> FLOPs from its output and arguments
+FORMULAS: dict[str, Callable[..., int]] = {
+    "linear": _matmul,
+    "matmul": _matmul,
+    "__matmul__": _matmul,
+    "mm": _matmul,
+    "bmm": _matmul,
+    "addmm": _addmm,
+    "baddbmm": _addmm,
+    "conv1d": _convolution,
+    "conv2d": _convolution,
+    "conv3d": _convolution,
+    "einsum": _einsum,
+    "scaled_dot_product_attention": _attention,
+}
+
+
+@dataclass
+class Meter(TorchFunctionMode):
+    """Adds up the FLOPs and written bytes of every priced function, by the owner that is current."""
+
+    prices: dict[tuple[str, int] | None, Price] = field(default_factory=dict)
+    owner: tuple[str, int] | None = None
+
+    def __post_init__(self) -> None:
+        super().__init__()
+
+    def enter(self, owner: tuple[str, int] | None) -> None:
+        """Charge what follows to this owner; None is everything outside of the blocks."""
+        self.owner = owner
+
+    def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Run the function and charge it."""
+        out = function(*args, **(kwargs or {}))
+        name = getattr(function, "__name__", "")
+        if name in FORMULAS:
+            flops = FORMULAS[name](out, *args, **(kwargs or {}))
+            price = self.prices.setdefault(self.owner, Price())
+            price.flops += flops
+            price.attention_flops += flops if name == "scaled_dot_product_attention" else 0
+            price.activation_bytes += out.numel() * out.element_size()
+        return out

@@ -1,0 +1,55 @@
+"""What a task yields, and its bootstrap: scores of the same examples under two plans are resampled together."""
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from skipwise.evaluation.result import Interval
+
+RESAMPLES = 2000
+
+
+@dataclass(frozen=True)
+class Measured:
+    """One metric on one task: a ratio of sums over examples, exponentiated for perplexity.
+
+    numerators, denominators: (examples,), such as (correct tokens, tokens) or (log loss in nats, tokens).
+    """
+
+    metric: str
+    numerators: np.ndarray
+    denominators: np.ndarray
+    perplexity: bool = False
+
+    def score(self, counts: np.ndarray) -> np.ndarray:
+        """(resamples, examples) counts of how often each example is drawn -> (resamples,) scores."""
+        ratio = (counts @ self.numerators) / (counts @ self.denominators)
+        return np.exp(ratio) if self.perplexity else ratio
+
+    @property
+    def examples(self) -> int:
+        """Number of examples."""
+        return len(self.numerators)
+
+    @property
+    def value(self) -> float:
+        """The score on all examples, each once."""
+        return float(self.score(np.ones((1, self.examples)))[0])
+
+
+def resamples(examples: int, seed: int) -> np.ndarray:
+    """(RESAMPLES, examples): how often each example is drawn when `examples` are drawn with replacement."""
+    generator = np.random.default_rng(seed)
+    return generator.multinomial(examples, np.full(examples, 1 / examples), size=RESAMPLES).astype(float)
+
+
+def interval(value: float, draws: np.ndarray) -> Interval:
+    """The 95% percentile interval of bootstrap draws around an estimate."""
+    low, high = np.percentile(draws, [2.5, 97.5])
+    return Interval(value=value, low=float(low), high=float(high))
+
+
+def retention_draws(under_plan: Measured, whole: Measured, counts: np.ndarray) -> np.ndarray:
+    """(resamples,) of score under the plan / score without, on the same draws; 0/0 counts as nothing kept."""
+    base = whole.score(counts)
+    return np.divide(under_plan.score(counts), base, out=np.zeros_like(base), where=base != 0)

@@ -1,0 +1,85 @@
+"""Result: one evaluation of a model under a list of plans, as one JSON object. Reports are made from these alone."""
+
+import json
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from skipwise.errors import UserError
+from skipwise.files import write_atomically
+from skipwise.plan import Plan
+
+FORMAT = "skipwise-result/1"
+
+
+class _Frozen(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class Interval(_Frozen):
+    """An estimate with its 95% bootstrap confidence interval."""
+
+    value: float
+    low: float
+    high: float
+
+
+class Score(_Frozen):
+    """What a model scored on one task under one plan.
+
+    `metric` is "exact match" or "next-token accuracy" (fractions, higher is better) or "perplexity" (lower is better).
+    `retention` is the score under the plan over the score without one, on the same examples.
+    """
+
+    metric: str
+    value: Interval
+    examples: int
+    retention: Interval | None = None
+
+
+class Row(_Frozen):
+    """One plan's outcome. `plan` None is the whole model.
+
+    method and k group rows in figures ("similarity", "random", ...; k blocks skipped). Saved FLOPs are fractions of
+    the whole model's: `saved_block_flops` counts the blocks alone (the papers' count), `saved_all_in_flops` also
+    the head, embeddings and attention at the length evaluated. `seconds` is measured wall-clock of the evaluation.
+    """
+
+    plan: Plan | None
+    method: str
+    k: int
+    saved_block_flops: float
+    saved_all_in_flops: float
+    seconds: float
+    scores: dict[str, Score]
+    mean_retention: Interval | None = None
+
+
+class Result(_Frozen):
+    """All rows for one model, and what is needed to repeat them."""
+
+    format: Literal["skipwise-result/1"] = FORMAT
+    name: str
+    kind: str
+    model: dict[str, Any]
+    rows: tuple[Row, ...]
+    device: str
+    dtype: str
+    seeds: dict[str, int]
+    settings: dict[str, Any] = {}
+    versions: dict[str, str] = {}
+    date: str
+
+    def save(self, path: str | Path) -> Path:
+        """Write the result as one JSON object, whole or not at all."""
+        return write_atomically(path, self.model_dump_json(indent=1) + "\n")
+
+    @classmethod
+    def load(cls, path: str | Path) -> "Result":
+        """Read a result. Raises UserError, in one line, for anything else."""
+        try:
+            return cls.model_validate(json.loads(Path(path).read_text(encoding="utf-8")))
+        except (OSError, ValueError, ValidationError) as error:
+            reason = str(error).splitlines()[0]
+            raise UserError(f"{path} is not a readable {FORMAT} file: {reason}. Make one with `skipwise eval`.") from error

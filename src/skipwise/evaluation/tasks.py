@@ -1,0 +1,86 @@
+"""The tasks that a model can be evaluated on, by name: the zoo's exact-answer tasks and held-out English text."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Literal, Protocol
+
+import numpy as np
+import torch
+from torch import nn
+
+from skipwise.errors import unknown
+from skipwise.evaluation.measure import Measured
+from skipwise.evaluation.text import TextTask
+from skipwise.evaluation.texts import names as text_names
+from skipwise.models import kind_of
+from skipwise.sampling.autoregressive import decode_autoregressive
+from skipwise.sampling.llada import LLaDASettings, decode, mask_token
+from skipwise.zoo.tasks import TASKS, distinct_examples
+from skipwise.zoo.tokenizer import CHARACTERS
+
+Split = Literal["calibration", "test"]
+
+
+class EvaluationTask(Protocol):
+    """A task measures a model on the same examples every time it is asked."""
+
+    name: str
+    tokens: int  # length of the sequences that the model sees
+
+    def run(self, model: nn.Module, tokenizer: Any) -> list[Measured]:
+        """Scores of every example; the first metric is the one that retention is about."""
+        ...
+
+
+@dataclass(frozen=True)
+class ExactMatch:
+    """Generate the answer of each of a zoo task's prompts; an example scores 1 when every token is right."""
+
+    name: str
+    split: Split
+    examples: int
+    seed: int
+    batch_size: int
+
+    @property
+    def tokens(self) -> int:
+        """Length of prompt and answer."""
+        return 9 + TASKS[self.name].answer_length
+
+    def run(self, model: nn.Module, tokenizer: Any) -> list[Measured]:
+        """One metric: exact match."""
+        pairs = distinct_examples(self.name, self.split, self.examples, self.seed)
+        batches = [pairs[i : i + self.batch_size] for i in range(0, len(pairs), self.batch_size)]
+        correct = np.concatenate([self._batch(model, tokenizer, batch) for batch in batches])
+        return [Measured("exact match", correct, np.ones(len(correct)))]
+
+    def _batch(self, model: nn.Module, tokenizer: Any, pairs: Sequence[tuple[str, str]]) -> np.ndarray:
+        device = next(model.parameters()).device
+        prompts = torch.tensor([tokenizer(prompt)["input_ids"] for prompt, _ in pairs], device=device)
+        answers = torch.tensor([tokenizer(answer)["input_ids"] for _, answer in pairs], device=device)
+        length = answers.shape[1]
+        if kind_of(model) == "masked diffusion":
+            sequences = decode(model, prompts, mask_token(model), LLaDASettings(gen_length=length))
+        else:
+            sequences = decode_autoregressive(model, prompts, None, length, 0.0, self.seed, stop_at_eos=False)
+        return (sequences[:, -length:] == answers).all(1).double().cpu().numpy()
+
+
+def task_names() -> list[str]:
+    """All tasks: the zoo's and the English texts."""
+    return [*TASKS, *text_names()]
+
+
+def default_tasks(tokenizer: Any) -> list[str]:
+    """The zoo's tasks for a tokenizer that is the zoo's, else the English texts."""
+    is_zoo = tokenizer is not None and set(CHARACTERS) <= set(tokenizer.get_vocab()) and len(tokenizer) < 64
+    return list(TASKS) if is_zoo else text_names()
+
+
+def build_task(name: str, split: Split, examples: int, seed: int, batch_size: int) -> EvaluationTask:
+    """A task by name. `examples` are prompts, or windows of a text. Raises UserError, with the nearest name."""
+    if name in TASKS:
+        return ExactMatch(name, split, examples, seed, batch_size)
+    if name in text_names():
+        return TextTask(name, split, examples, seed)
+    raise unknown("task", name, task_names())

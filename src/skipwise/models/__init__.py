@@ -1,0 +1,20 @@
+"""Native modules for models whose official code is remote code. Each loads the official weights strictly, by key."""
+
+from typing import Literal
+
+from torch import nn
+
+Kind = Literal["masked diffusion", "autoregressive", "encoder", "image or video diffusion"]
+
+
+def kind_of(model: nn.Module) -> Kind:
+    """What a model is, as far as analyses and samplers need to know."""
+    if getattr(model, "is_masked_diffusion", False):
+        return "masked diffusion"
+    if type(model).__name__.endswith(("ForMaskedLM", "BertModel")):
+        return "encoder"
+    if hasattr(model, "can_generate") and model.can_generate():
+        return "autoregressive"
+    if hasattr(model, "config_name"):  # a diffusers model, without importing diffusers
+        return "image or video diffusion"
+    return "encoder"

@@ -1,0 +1,142 @@
+"""LLaDA: a masked diffusion language model, native, from the official checkpoints.
+
+Source: Nie et al., "Large Language Diffusion Models" (arXiv 2502.09992). Mathematically LLaDA is a Llama with
+bidirectional attention, so this is a thin face of transformers' Llama: a config translation and a key map. Attention
+kernels, device placement, sharded loading and maintenance come from transformers.
+"""
+
+from typing import Any
+
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
+
+# official config.json key -> LlamaConfig key
+CONFIG_KEYS = {
+    "d_model": "hidden_size",
+    "n_layers": "num_hidden_layers",
+    "n_heads": "num_attention_heads",
+    "n_kv_heads": "num_key_value_heads",
+    "mlp_hidden_size": "intermediate_size",
+    "max_sequence_length": "max_position_embeddings",
+    "rms_norm_eps": "rms_norm_eps",
+    "weight_tying": "tie_word_embeddings",
+    "mask_token_id": "mask_token_id",
+    "eos_token_id": "eos_token_id",
+    "pad_token_id": "pad_token_id",
+}
+
+# What the official code can do and this module does not: any other value is refused by name.
+ONLY_SUPPORTED = {
+    "block_type": "llama",
+    "block_group_size": 1,
+    "alibi": False,
+    "rope": True,
+    "rope_full_precision": True,
+    "include_bias": False,
+    "include_qkv_bias": False,
+    "scale_logits": False,
+    "layer_norm_type": "rms",
+    "activation_type": "silu",
+    "attention_layer_norm": False,
+    "input_emb_norm": False,
+    "multi_query_attention": None,
+}
+
+# regular expression over official keys -> key of this module. The outer prefix `model.` is optional.
+_BLOCK = r"^(?:model\.)?transformer\.blocks\.(\d+)\."
+KEY_MAPPING = {
+    r"^(?:model\.)?transformer\.wte\.": "model.embed_tokens.",
+    r"^(?:model\.)?transformer\.ln_f\.": "model.norm.",
+    r"^(?:model\.)?transformer\.ff_out\.": "lm_head.",
+    _BLOCK + r"attn_norm\.": r"model.layers.\1.input_layernorm.",
+    _BLOCK + r"([qkv])_proj\.": r"model.layers.\1.self_attn.\2_proj.",
+    _BLOCK + r"attn_out\.": r"model.layers.\1.self_attn.o_proj.",
+    _BLOCK + r"ff_norm\.": r"model.layers.\1.post_attention_layernorm.",
+    _BLOCK + r"ff_proj\.": r"model.layers.\1.mlp.gate_proj.",
+    _BLOCK + r"up_proj\.": r"model.layers.\1.mlp.up_proj.",
+    _BLOCK + r"ff_out\.": r"model.layers.\1.mlp.down_proj.",
+}
+
+# the inverse, for writing a checkpoint in the official layout
+_OFFICIAL_PARTS = {
+    "input_layernorm": "attn_norm",
+    "self_attn.q_proj": "q_proj",
+    "self_attn.k_proj": "k_proj",
+    "self_attn.v_proj": "v_proj",
+    "self_attn.o_proj": "attn_out",
+    "post_attention_layernorm": "ff_norm",
+    "mlp.gate_proj": "ff_proj",
+    "mlp.up_proj": "up_proj",
+    "mlp.down_proj": "ff_out",
+}
+_OFFICIAL_ENDS = {"model.embed_tokens": "wte", "model.norm": "ln_f", "lm_head": "ff_out"}
+
+
+class LLaDAConfig(LlamaConfig):
+    """A `LlamaConfig` whose attention looks both ways (`is_causal` False), with LLaDA's mask token."""
+
+    model_type = "llada"
+    mask_token_id: int | None = 126336
+    is_causal: bool = False
+    use_cache: bool = False
+
+    @classmethod
+    def from_official(cls, official: dict[str, Any]) -> "LLaDAConfig":
+        """Translate the dictionary of an official config.json.
+
+        Raises ValueError naming the key, its value and the supported one for what this module does not implement.
+        """
+        for key, supported in ONLY_SUPPORTED.items():
+            if key in official and official[key] not in (supported, None):
+                raise ValueError(
+                    f"LLaDA config has {key}={official[key]!r}; skipwise implements only {key}={supported!r}."
+                )
+        missing = [key for key in ("d_model", "n_layers", "n_heads", "mlp_hidden_size") if key not in official]
+        if missing:
+            raise ValueError(f"LLaDA config lacks {', '.join(missing)}; is this an official LLaDA config.json?")
+        settings = {ours: official[theirs] for theirs, ours in CONFIG_KEYS.items() if theirs in official}
+        # the embedding table is `embedding_size` rows tall; it is padded above the tokenizer's vocabulary
+        settings["vocab_size"] = official.get("embedding_size") or official["vocab_size"]
+        settings["rope_parameters"] = {"rope_type": "default", "rope_theta": float(official.get("rope_theta", 10000.0))}
+        return cls(architectures=["LLaDAModelLM"], **settings)
+
+    def to_official(self) -> dict[str, Any]:
+        """The official config.json that `from_official` reads back to this config."""
+        official = {theirs: getattr(self, ours) for theirs, ours in CONFIG_KEYS.items()}
+        official |= {key: value for key, value in ONLY_SUPPORTED.items() if value is not None}
+        official |= {"vocab_size": self.vocab_size, "embedding_size": self.vocab_size}
+        official |= {"rope_theta": self.rope_parameters["rope_theta"]}
+        return {"model_type": "llada", "architectures": ["LLaDAModelLM"], **official}
+
+
+class LLaDAModelLM(LlamaForCausalLM):
+    """LLaDA with its language-model head. `model(input_ids).logits[b, p]` predicts the token *at* position p.
+
+    input_ids: (batch, length) int64, masked positions hold `config.mask_token_id`; attention_mask: (batch, length),
+    0 on left padding; logits: (batch, length, vocab_size).
+    """
+
+    config_class = LLaDAConfig
+    config: LLaDAConfig
+    is_masked_diffusion = True
+
+    def __init__(self, config: LLaDAConfig):
+        super().__init__(config)
+        for layer in self.model.layers:
+            layer.self_attn.is_causal = False  # the SDPA kernels read this flag when there is no padding mask
+
+
+def official_state_dict(model: LLaDAModelLM) -> dict[str, torch.Tensor]:
+    """The model's weights under the official checkpoint's keys (contiguous, tied head left out)."""
+    weights = {}
+    for key, tensor in model.state_dict().items():
+        if key == "lm_head.weight" and model.config.tie_word_embeddings:
+            continue
+        module, _, leaf = key.rpartition(".")
+        if module in _OFFICIAL_ENDS:
+            name = _OFFICIAL_ENDS[module]
+        else:
+            _, _, number, part = module.split(".", 3)
+            name = f"blocks.{number}.{_OFFICIAL_PARTS[part]}"
+        weights[f"model.transformer.{name}.{leaf}"] = tensor.contiguous()
+    return weights

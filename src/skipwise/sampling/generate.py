@@ -1,0 +1,175 @@
+"""`generate`: decode with any language model, under a plan, and say what it took."""
+
+import time
+from collections.abc import Callable
+from contextlib import nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from skipwise.cost import Prices, price_blocks
+from skipwise.errors import UserError
+from skipwise.examples import Size
+from skipwise.models import kind_of
+from skipwise.plan import Plan
+from skipwise.sampling.autoregressive import decode_autoregressive
+from skipwise.sampling.llada import LLaDASettings, Step, decode, mask_token
+from skipwise.skipping import Skipped, Skipping, skip, skipped_now
+
+
+@dataclass(frozen=True)
+class Statistics:
+    """What a generation took. FLOPs are by formula (`skipwise.cost`), as they happened, for the whole batch.
+
+    forwards: calls of the model; block_flops: in the blocks alone; all_in_flops: head and attention included;
+    whole_all_in_flops: what the same forwards would have taken with no block skipped; seconds: measured wall-clock.
+    """
+
+    forwards: int
+    block_flops: int
+    all_in_flops: int
+    whole_all_in_flops: int
+    seconds: float
+
+
+@dataclass(frozen=True)
+class Generated:
+    """sequences: (batch, prompt_length + new tokens), prompts included."""
+
+    sequences: Tensor
+    stats: Statistics
+
+
+def generate(
+    model: nn.Module,
+    input_ids: Tensor,
+    *,
+    plan: Plan | None = None,
+    attention_mask: Tensor | None = None,
+    gen_length: int = 128,
+    temperature: float = 0.0,
+    seed: int = 0,
+    stop_at_eos: bool = True,
+    on_step: Callable[[Step], None] | None = None,
+    **diffusion: Any,
+) -> Generated:
+    """Decode `gen_length` tokens after every prompt, by LLaDA's rule for masked diffusion models, else token by token.
+
+    input_ids: (batch, prompt_length), prompts of unequal length padded on the left; attention_mask: the same shape, 0
+    on padding. A plan's phases follow the trajectory. `diffusion`: steps, block_length, remasking, compat (see
+    `LLaDASettings`) and on_step are for diffusion models; stop_at_eos is for autoregressive ones.
+    Raises UserError for an empty list of prompts, padding on the right, and settings that do not fit the model.
+    """
+    _check_prompts(input_ids, attention_mask)
+    if kind_of(model) == "masked diffusion":
+        settings = _settings(gen_length=gen_length, temperature=temperature, seed=seed, **diffusion)
+        return _diffuse(model, input_ids, attention_mask, plan, settings, on_step)
+    if diffusion or on_step:
+        given = ", ".join([*diffusion, *(["on_step"] if on_step else [])])
+        raise UserError(f"{type(model).__name__} is not a masked diffusion model; leave out {given}.")
+    if not hasattr(model, "generate"):
+        raise UserError(f"{type(model).__name__} cannot generate text: it is neither autoregressive nor diffusion.")
+    if plan and not plan.is_static:
+        raise UserError("A plan with several phases needs denoising steps; an autoregressive model takes a static plan.")
+    prices = price_blocks(model, Size(tokens=input_ids.shape[1] + gen_length))
+    with skip(model, plan) if plan else nullcontext():
+        began = time.perf_counter()
+        sequences = decode_autoregressive(
+            model, input_ids, attention_mask, gen_length, temperature, seed, stop_at_eos
+        )
+        seconds = time.perf_counter() - began
+        skipped = skipped_now(model)
+    new = sequences.shape[1] - input_ids.shape[1]
+    return Generated(sequences, _cached_statistics(prices, skipped, *input_ids.shape, new, seconds))
+
+
+def _settings(**given: Any) -> LLaDASettings:
+    try:
+        return LLaDASettings(**given)
+    except TypeError as error:
+        legal = ", ".join(LLaDASettings.__dataclass_fields__)
+        raise UserError(f"{str(error).split(') ')[-1]}; a diffusion model takes {legal}.") from error
+
+
+def _check_prompts(input_ids: Tensor, attention_mask: Tensor | None) -> None:
+    if input_ids.ndim != 2 or not input_ids.numel():
+        raise UserError(f"input_ids of shape {tuple(input_ids.shape)} hold no prompts; give (batch, prompt_length).")
+    if attention_mask is None:
+        return
+    if attention_mask.shape != input_ids.shape:
+        raise UserError(f"attention_mask is {tuple(attention_mask.shape)}, input_ids {tuple(input_ids.shape)}.")
+    if not attention_mask[:, -1].all():
+        raise UserError("Prompts are padded on the right; pad on the left (tokenizer.padding_side = 'left').")
+
+
+def _diffuse(
+    model: nn.Module,
+    input_ids: Tensor,
+    attention_mask: Tensor | None,
+    plan: Plan | None,
+    settings: LLaDASettings,
+    on_step: Callable[[Step], None] | None,
+) -> Generated:
+    prices = price_blocks(model, Size(tokens=input_ids.shape[1] + settings.gen_length))
+    steps: list[Skipped] = []
+
+    def follow(step: Step, skipping: Skipping | None) -> None:
+        if skipping:
+            skipping.at(step.progress)
+        steps.append(skipped_now(model))
+        if on_step:
+            on_step(step)
+
+    with skip(model, plan) if plan else nullcontext() as skipping:
+        began = time.perf_counter()
+        sequences = decode(
+            model, input_ids, mask_token(model), settings, attention_mask, lambda step: follow(step, skipping)
+        )
+        _synchronize(sequences.device)
+        seconds = time.perf_counter() - began
+    batch = len(input_ids)
+    return Generated(
+        sequences,
+        Statistics(
+            forwards=len(steps),
+            block_flops=batch * sum(prices.of_blocks(skipped).flops for skipped in steps),
+            all_in_flops=batch * sum(prices.forward(skipped).flops for skipped in steps),
+            whole_all_in_flops=batch * len(steps) * prices.forward().flops,
+            seconds=seconds,
+        ),
+    )
+
+
+def _synchronize(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def _cached_statistics(
+    prices: Prices, skipped: Skipped, batch: int, prompt: int, new: int, seconds: float
+) -> Statistics:
+    """FLOPs of decoding with a KV cache, from the prices of one forward at the full length.
+
+    The last new token is never run through the model, so prompt + new - 1 positions are, each once; the prompt's attend
+    to the whole prompt at once, each later one to all before it and itself. The head runs on the last prompt position
+    and each later one.
+    """
+    positions = prompt + new - 1
+    length = prices.size.tokens if prices.size else positions
+    pairs = prompt**2 + sum(range(prompt + 1, positions + 1))
+
+    def blocks(skip: Skipped) -> int:
+        price = prices.of_blocks(skip)
+        linear = (price.flops - price.attention_flops) * positions // length
+        return linear + price.attention_flops * pairs // length**2
+
+    head = prices.outside.flops * new // length
+    return Statistics(
+        forwards=new,
+        block_flops=batch * blocks(skipped),
+        all_in_flops=batch * (blocks(skipped) + head),
+        whole_all_in_flops=batch * (blocks({}) + head),
+        seconds=seconds,
+    )
