@@ -6,6 +6,7 @@ example, masked or not; a convolution 2 * outputs * inputs per output. Everythin
 and in torch's own counter, against which the tests hold this one.
 """
 
+import copy
 import math
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -13,13 +14,12 @@ from dataclasses import dataclass, field, fields
 from typing import Any
 from weakref import WeakKeyDictionary
 
-import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from skipwise.blocks import Contract, find_contract
 from skipwise.errors import unknown
-from skipwise.examples import Size, example_inputs, shapes_only
+from skipwise.examples import Size, example_inputs, on_meta, shapes_only
 from skipwise.plan import Phase, Plan
 from skipwise.skipping import whole
 
@@ -160,17 +160,18 @@ def price_blocks(
 
 
 def _price(model: nn.Module, size: Size, contract: Contract, example: Mapping[str, Any] | None) -> Prices:
+    twin = _on_meta(model)
     owners = {
         block: (name, i)
         for name, stack in contract.stacks.items()
         for path in (name, *stack.coupled)
-        for i, block in enumerate(model.get_submodule(path))
+        for i, block in enumerate(twin.get_submodule(path))
     }
     meter = Meter()
-    example = example_inputs(model, size, device="meta") if example is None else _to_meta(example)
-    with _on_meta(model), _attributing(meter, owners), torch.no_grad(), shapes_only(), meter:
-        model(**example)
-    _add_weights(meter, model, owners)
+    inputs = example_inputs(twin, size, device="meta") if example is None else on_meta(twin, example)
+    with _attributing(meter, owners), shapes_only(), meter:
+        twin(**inputs)
+    _add_weights(meter, twin, owners)
     blocks = {
         name: tuple(meter.prices.get((name, i), Price()) for i in range(stack.length))
         for name, stack in contract.stacks.items()
@@ -178,27 +179,11 @@ def _price(model: nn.Module, size: Size, contract: Contract, example: Mapping[st
     return Prices(blocks, meter.prices.get(None, Price()), size)
 
 
-def _to_meta(example: Mapping[str, Any]) -> dict[str, Any]:
-    large = lambda value: isinstance(value, Tensor) and value.is_floating_point()  # noqa: E731
-    return {key: value.to("meta") if large(value) else value for key, value in example.items()}
-
-
-@contextmanager
-def _on_meta(model: nn.Module) -> Iterator[None]:
-    """Show the model's parameters and buffers as meta tensors for a while; the real ones are put back untouched."""
-    swapped: list[tuple[dict[str, Any], str, Any]] = []
-    try:
-        for module in model.modules():
-            for table in (module._parameters, module._buffers):
-                for name, tensor in table.items():
-                    if tensor is not None and not tensor.is_meta:
-                        swapped.append((table, name, tensor))
-                        meta = tensor.detach().to("meta")
-                        table[name] = nn.Parameter(meta, requires_grad=False) if table is module._parameters else meta
-        yield
-    finally:
-        for table, name, tensor in swapped:
-            table[name] = tensor
+def _on_meta(model: nn.Module) -> nn.Module:
+    """A throw-away twin without data. Models keep tables of what they computed, which must not learn meta tensors."""
+    memo: dict[int, Any] = {id(b): b.to("meta") for b in model.buffers()}
+    memo |= {id(p): nn.Parameter(p.detach().to("meta"), p.requires_grad) for p in model.parameters()}
+    return copy.deepcopy(model, memo).eval()
 
 
 @contextmanager
@@ -245,6 +230,8 @@ def _convolution(out: Tensor, x: Tensor, weight: Tensor, *_: Any, **__: Any) -> 
 
 def _einsum(out: Tensor, equation: str, *operands: Any, **__: Any) -> int:
     tensors = operands[0] if isinstance(operands[0], tuple | list) else operands
+    if len(tensors) < 2:  # a permutation
+        return 0
     letters = zip(equation.replace(" ", "").split("->")[0].split(","), tensors, strict=True)
     sizes = {letter: n for term, tensor in letters for letter, n in zip(term, tensor.shape, strict=True)}
     return 2 * math.prod(sizes.values())
@@ -264,6 +251,8 @@ FORMULAS: dict[str, Callable[..., int]] = {
     "bmm": _matmul,
     "addmm": _addmm,
     "baddbmm": _addmm,
+    "_grouped_mm": _matmul,
+    "grouped_mm": _matmul,
     "conv1d": _convolution,
     "conv2d": _convolution,
     "conv3d": _convolution,

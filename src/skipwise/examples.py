@@ -6,7 +6,7 @@ that one row serves the published model and a toy of two blocks. Classes are nam
 """
 
 import inspect
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -65,6 +65,18 @@ def example_inputs(model: nn.Module, size: Size = TINY, device: torch.device | s
         f"{unknown('model class', type(model).__name__, ROWS)} Pass example=, a dict of keyword arguments for one "
         "forward, or add a row in skipwise/examples.py."
     )
+
+
+def on_meta(model: nn.Module, example: Mapping[str, Any]) -> dict[str, Any]:
+    """A real example for the model on the meta device: states on meta, what a forward may read the values of is kept."""
+    moved = tree_map_only(
+        Tensor, lambda tensor: tensor.to("meta") if tensor.is_floating_point() and tensor.ndim > 2 else tensor, dict(example)
+    )
+    ids = moved.get("input_ids")
+    if ids is not None and "position_ids" in inspect.signature(model.forward).parameters:
+        # transformers reads the positions, to see whether sequences are packed
+        moved.setdefault("position_ids", torch.arange(ids.shape[1])[None])
+    return moved
 
 
 class Shapes(TorchDispatchMode):
@@ -151,9 +163,8 @@ def _language_model(model: nn.Module, size: Size, new: _Tensors) -> dict[str, An
     kwargs: dict[str, Any] = {"input_ids": new.tokens(size.tokens, vocabulary)}
     if "decoder_input_ids" in accepted:  # encoder-decoder: a prompt and, of another length, the canvas
         kwargs = {"input_ids": new.tokens(size.text, vocabulary), "decoder_input_ids": kwargs["input_ids"]}
-    if new.device.type == "meta" and "position_ids" in accepted:  # read, to see whether sequences are packed
-        kwargs["position_ids"] = torch.arange(kwargs["input_ids"].shape[1])[None]
-    return kwargs | ({"use_cache": False} if "use_cache" in accepted else {})
+    kwargs |= {"use_cache": False} if "use_cache" in accepted else {}
+    return on_meta(model, kwargs) if new.device.type == "meta" else kwargs
 
 
 def _up(length: int, multiple: int | None) -> int:

@@ -1,1 +1,1 @@
-"""."""
+"""Small models that come with the package: their tasks, tokenizer, recipes and weights."""

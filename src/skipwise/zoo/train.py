@@ -15,11 +15,13 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
+from safetensors.torch import save
 from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from skipwise.models.llada import LLaDAConfig, LLaDAModelLM
+from skipwise.files import write_atomically, write_bytes_atomically
+from skipwise.models.llada import LLaDAConfig, LLaDAModelLM, official_state_dict
 from skipwise.zoo.tasks import MAX_LENGTH, TASKS, examples
 from skipwise.zoo.tokenizer import build_tokenizer
 
@@ -42,6 +44,14 @@ class Recipe:
     decay_from: float = 0.5
     share: tuple[tuple[str, float], ...] = (("addition", 0.35), ("chain", 0.25), ("sort", 0.25), ("reverse", 0.15))
 
+
+CARD = """# {name}
+
+A {objective} language model over generated tasks with exact answers: three-digit addition, chained arithmetic, sorting
+and reversing digits. Made to measure what skipping blocks costs; of no other use. Apache-2.0, trained from scratch.
+
+Reproduce it with `skipwise zoo train {name} --seed {seed}`; the log of the run that made these weights is train.jsonl.
+"""
 
 RECIPES = {"tiny-dllm": Recipe("masked_diffusion"), "tiny-ar": Recipe("autoregressive")}
 
@@ -177,29 +187,59 @@ def train(
     if compile_blocks:
         for layer in model.model.layers:
             layer.compile()
-    with open(output / "train.jsonl", "a") as log:
+    with open(output / "train.jsonl", "a", encoding="utf-8") as log:
         if first == 0:
             log.write(json.dumps({"name": name, "seed": seed, "recipe": asdict(recipe), "torch": torch.__version__}) + "\n")
-        total, began = 0.0, time.monotonic()
+        total, steps, began = 0.0, 0, time.monotonic()
         for step in range(first, recipe.steps):
-            groups = [group for optimizer in optimizers for group in optimizer.param_groups]
-            for group, rate in zip(groups, base, strict=True):
-                group["lr"] = rate * schedule(recipe, step)
             loss = LOSSES[recipe.objective](model, next(stream), generator)
-            loss.backward()
-            nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-            for optimizer in optimizers:
-                optimizer.step()
-                optimizer.zero_grad(set_to_none=True)
-            total += loss.item()
+            total, steps = total + _update(model, loss, optimizers, base, schedule(recipe, step)), steps + 1
             if (step + 1) % every == 0 or step + 1 == recipe.steps:
                 seconds = elapsed + time.monotonic() - began
-                progress = Progress(step + 1, (step + 1) * recipe.batch_size, round(total / every, 5), round(seconds, 1))
-                log.write(json.dumps(asdict(progress) | (evaluate(model) if evaluate else {})) + "\n")
+                progress = Progress(step + 1, (step + 1) * recipe.batch_size, round(total / steps, 5), round(seconds, 1))
+                log.write(json.dumps(asdict(progress) | _accuracies(model, evaluate)) + "\n")
                 log.flush()
                 save_state(output, step + 1, seconds, model, optimizers, generator)
-                total = 0.0
-    return model
+                total, steps = 0.0, 0
+    return model.eval()
+
+
+def _update(
+    model: nn.Module, loss: Tensor, optimizers: list[torch.optim.Optimizer], base: list[float], factor: float
+) -> float:
+    """One optimizer step at `factor` times the base learning rates; returns the loss."""
+    groups = [group for optimizer in optimizers for group in optimizer.param_groups]
+    for group, rate in zip(groups, base, strict=True):
+        group["lr"] = rate * factor
+    loss.backward()
+    nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+    for optimizer in optimizers:
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+    return loss.item()
+
+
+def _accuracies(model: nn.Module, evaluate: Callable[[nn.Module], dict[str, float]] | None) -> dict[str, float]:
+    if evaluate is None:
+        return {}
+    model.eval()
+    with torch.compiler.set_stance("force_eager"):  # decoding has other shapes than training; not worth compiling
+        accuracies = evaluate(model)
+    model.train()
+    return accuracies
+
+
+def save_model(model: LLaDAModelLM | LlamaForCausalLM, name: str, seed: int, folder: Path) -> Path:
+    """Write a standard checkpoint: LLaDA's official layout, or transformers' for the autoregressive model."""
+    folder.mkdir(parents=True, exist_ok=True)
+    build_tokenizer().save_pretrained(folder)
+    if isinstance(model, LLaDAModelLM):
+        write_bytes_atomically(folder / "model.safetensors", save(official_state_dict(model), {"format": "pt"}))
+        write_atomically(folder / "config.json", json.dumps(model.config.to_official(), indent=2) + "\n")
+    else:
+        model.save_pretrained(folder)
+    write_atomically(folder / "README.md", CARD.format(name=name, seed=seed, objective=RECIPES[name].objective))
+    return folder
 
 
 def save_state(
