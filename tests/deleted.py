@@ -21,8 +21,8 @@ def deleted(model: nn.Module, stack: str, numbers: set[int]) -> nn.Module:
     name = type(model).__name__
     if name in ("ChromaTransformer2DModel", "DiTTransformer2DModel"):
         return _silenced(model, stack, numbers)
-    # ModernBERT's first layer lacks a norm, so that no config describes the model without it
-    if hasattr(model, "base_model") and name != "ModernBertForMaskedLM":
+    # ModernBERT's first layer lacks a norm, so that no config describes the model without it; MDLM keeps no cache
+    if hasattr(model, "base_model") and name not in ("ModernBertForMaskedLM", "MDLM"):
         return _rebuilt(model, numbers)
     return _cut(model, stack, numbers)
 

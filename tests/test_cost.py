@@ -90,7 +90,7 @@ def test_the_paper_s_figures_for_scheduling() -> None:
     plan = Plan(model=shape, phases=(Phase(until=0.125, model="light"), Phase(until=0.875), Phase(model="light")))
     cost = estimate(heavy, plan, Size(tokens=1024), {"light": light})
     assert round(100 * cost.saved_block_flops, 2) == 16.67
-    assert round(100 * cost.saved_all_in_flops, 1) == 12.2
+    assert 100 * cost.saved_all_in_flops == pytest.approx(12.2, abs=0.1)
     heavy_bytes, light_bytes = (sum(p.numel() * p.element_size() for p in m.parameters()) for m in (heavy, light))
     assert cost.weight_bytes == heavy_bytes + light_bytes
 

@@ -14,7 +14,9 @@ import transformers
 from torch import Tensor, nn
 
 from skipwise.examples import Size, example_inputs
+from skipwise.models.dream import DreamConfig, DreamModel
 from skipwise.models.llada import LLaDAConfig, LLaDAModelLM
+from skipwise.models.mdlm import MDLM, MDLMConfig
 
 WIDTH, VOCABULARY, LAYERS = 32, 64, 4
 SPREAD = 0.12  # of the random weights: blocks matter, and no row overflows float32
@@ -67,6 +69,15 @@ def _llada() -> nn.Module:
     return _transformers(LLaDAConfig(**DECODER, mask_token_id=3), LLaDAModelLM)
 
 
+def _dream() -> nn.Module:
+    return _transformers(DreamConfig(**DECODER, mask_token_id=3), DreamModel)
+
+
+def _mdlm() -> nn.Module:
+    sizes = {"vocab_size": VOCABULARY, "hidden_dim": WIDTH, "cond_dim": 8, "n_blocks": LAYERS, "n_heads": 4}
+    return _transformers(MDLMConfig(**sizes), MDLM)
+
+
 def _diffusion_gemma() -> nn.Module:
     # a prompt encoder and a canvas decoder, mixtures of experts both, that share their weights
     text = DECODER | {"head_dim": 8, "sliding_window": 4, "num_experts": 4, "top_k_experts": 2}
@@ -81,6 +92,8 @@ def _diffusion_gemma() -> nn.Module:
 
 LANGUAGE: dict[str, Callable[[], nn.Module]] = {
     "llada": _llada,
+    "dream": _dream,
+    "mdlm": _mdlm,
     "llama": partial(_lm, "LlamaConfig", "LlamaForCausalLM", **DECODER),
     "mistral": partial(_lm, "MistralConfig", "MistralForCausalLM", **DECODER, sliding_window=3),
     "qwen2": partial(_lm, "Qwen2Config", "Qwen2ForCausalLM", **DECODER),

@@ -17,10 +17,31 @@ def write_bytes_atomically(path: str | Path, content: bytes) -> Path:
     path = Path(path)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile("wb", dir=path.parent, delete=False) as file:
-            file.write(content)
-        os.chmod(file.name, 0o644)  # temporary files are private by default, results are not
-        os.replace(file.name, path)
+        descriptor, name = tempfile.mkstemp(dir=path.parent)
+        try:
+            with os.fdopen(descriptor, "wb") as file:
+                file.write(content)
+            os.chmod(name, 0o644)  # temporary files are private by default, results are not
+            os.replace(name, path)
+        except BaseException:
+            os.unlink(name)
+            raise
     except OSError as error:
         raise UserError(f"Cannot write {path}: {error.strerror or error}. Choose a folder you can write to.") from error
     return path
+
+
+def check_writable(folder: str | Path) -> Path:
+    """Make the folder, or raise UserError before any work is done that could not be kept."""
+    folder = Path(folder)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            return folder
+    except OSError as error:
+        raise UserError(f"Cannot write in {folder}: {error.strerror or error}. Choose a folder you can write to.") from error
+
+
+def user_cache() -> Path:
+    """Where fetched models are kept: $SKIPWISE_CACHE, or ~/.cache/skipwise."""
+    return Path(os.environ.get("SKIPWISE_CACHE") or Path.home() / ".cache" / "skipwise")

@@ -1,1 +1,32 @@
-"""."""
+"""The command line: one small file a subcommand, each a thin call of one public function."""
+
+import sys
+
+import typer
+
+from skipwise.cli import analyze, demo, evaluate, generate, inspect, plan, report, zoo
+from skipwise.errors import UserError
+
+app = typer.Typer(
+    help="Find the computation that a diffusion transformer does not need, skip it, and know what it cost.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+app.command("inspect")(inspect.command)
+app.command("analyze")(analyze.command)
+app.command("plan")(plan.command)
+app.command("generate")(generate.command)
+app.command("eval")(evaluate.command)
+app.command("report")(report.command)
+app.command("demo")(demo.command)
+app.add_typer(zoo.app, name="zoo")
+
+
+def main() -> None:
+    """Run the command line; a user's mistake is one line on stderr and exit code 2."""
+    try:
+        app()
+    except UserError as error:
+        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+        sys.exit(2)

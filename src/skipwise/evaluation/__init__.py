@@ -2,6 +2,6 @@
 
 from skipwise.evaluation.evaluate import evaluate
 from skipwise.evaluation.result import Interval, Result, Row, Score
-from skipwise.evaluation.tasks import default_tasks, task_names
+from skipwise.evaluation.tasks import calibration_texts, default_tasks, task_names
 
-__all__ = ["Interval", "Result", "Row", "Score", "default_tasks", "evaluate", "task_names"]
+__all__ = ["Interval", "Result", "Row", "Score", "calibration_texts", "default_tasks", "evaluate", "task_names"]

@@ -9,12 +9,12 @@ from typing import Any, Literal
 import numpy as np
 from torch import nn
 
+from skipwise.blocks import find_contract
 from skipwise.cost import cost_of, price_blocks
 from skipwise.errors import UserError
 from skipwise.evaluation.measure import Measured, interval, resamples, retention_draws
 from skipwise.evaluation.result import Interval, Result, Row, Score
 from skipwise.evaluation.tasks import EvaluationTask, build_task, default_tasks
-from skipwise.blocks import find_contract
 from skipwise.examples import Size
 from skipwise.models import kind_of
 from skipwise.plan import Plan
@@ -28,7 +28,7 @@ def evaluate(
     tasks: Sequence[str] | None = None,
     plans: Sequence[Plan | None] = (None,),
     *,
-    examples: int = 500,
+    examples: int | None = None,
     split: Literal["calibration", "test"] = "test",
     seed: int = 0,
     batch_size: int = 250,
@@ -38,11 +38,11 @@ def evaluate(
     """Scores of the model under each plan, and the retention against the whole model, paired on the same examples.
 
     tasks: names, see `task_names()`; the model's own when left out. plans: None is the whole model, which is evaluated
-    first whether it is listed or not. examples: prompts a task, or windows of a text. seed: of the examples, their
+    first whether it is listed or not. examples: prompts a task (500), or windows of a text (8). seed: of the examples, their
     masks, and the bootstrap. on_progress(done, total) counts plans x tasks.
     Raises UserError for an unknown task or a plan of another model.
     """
-    if examples < 1:
+    if examples is not None and examples < 1:
         raise UserError(f"examples={examples}: at least one example a task is needed.")
     chosen = [build_task(t, split, examples, seed, batch_size) for t in (tasks or default_tasks(tokenizer))]
     contract = find_contract(model)

@@ -11,6 +11,7 @@ from torch import nn
 from skipwise.errors import unknown
 from skipwise.evaluation.measure import Measured
 from skipwise.evaluation.text import TextTask
+from skipwise.evaluation.texts import documents
 from skipwise.evaluation.texts import names as text_names
 from skipwise.models import kind_of
 from skipwise.sampling.autoregressive import decode_autoregressive
@@ -77,10 +78,28 @@ def default_tasks(tokenizer: Any) -> list[str]:
     return list(TASKS) if is_zoo else text_names()
 
 
-def build_task(name: str, split: Split, examples: int, seed: int, batch_size: int) -> EvaluationTask:
-    """A task by name. `examples` are prompts, or windows of a text. Raises UserError, with the nearest name."""
+def build_task(name: str, split: Split, examples: int | None, seed: int, batch_size: int) -> EvaluationTask:
+    """A task by name. `examples` are prompts (500 when None), or windows of a text (8 when None).
+
+    Raises UserError, with the nearest name, for a task that there is not.
+    """
     if name in TASKS:
-        return ExactMatch(name, split, examples, seed, batch_size)
+        return ExactMatch(name, split, examples or 500, seed, batch_size)
     if name in text_names():
-        return TextTask(name, split, examples, seed)
+        return TextTask(name, split, examples or 8, seed)
     raise unknown("task", name, task_names())
+
+
+def calibration_texts(tokenizer: Any, count: int = 256, seed: int = 0) -> list[str | tuple[str, str]]:
+    """About `count` texts of the calibration split for an analysis: the zoo's examples, or pieces of English text."""
+    names = default_tasks(tokenizer)
+    if names[0] in TASKS:
+        pairs = (distinct_examples(name, "calibration", count // len(names), seed) for name in names)
+        return [pair for task in pairs for pair in task]
+    pieces = (_pieces(text) for text in documents("calibration").values())
+    return [piece for row in zip(*pieces, strict=False) for piece in row][:count]
+
+
+def _pieces(text: str, characters: int = 1200) -> list[str]:
+    """Consecutive pieces of a text, of about 256 tokens each."""
+    return [text[i : i + characters] for i in range(0, len(text) - characters + 1, characters)]

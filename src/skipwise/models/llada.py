@@ -42,14 +42,17 @@ ONLY_SUPPORTED = {
     "multi_query_attention": None,
 }
 
-# regular expression over official keys -> key of this module. The outer prefix `model.` is optional.
+# regular expression over official keys -> key of this module. The outer prefix `model.` is optional. transformers
+# carries over one captured group a pattern, no more.
 _BLOCK = r"^(?:model\.)?transformer\.blocks\.(\d+)\."
 KEY_MAPPING = {
     r"^(?:model\.)?transformer\.wte\.": "model.embed_tokens.",
     r"^(?:model\.)?transformer\.ln_f\.": "model.norm.",
     r"^(?:model\.)?transformer\.ff_out\.": "lm_head.",
     _BLOCK + r"attn_norm\.": r"model.layers.\1.input_layernorm.",
-    _BLOCK + r"([qkv])_proj\.": r"model.layers.\1.self_attn.\2_proj.",
+    _BLOCK + r"q_proj\.": r"model.layers.\1.self_attn.q_proj.",
+    _BLOCK + r"k_proj\.": r"model.layers.\1.self_attn.k_proj.",
+    _BLOCK + r"v_proj\.": r"model.layers.\1.self_attn.v_proj.",
     _BLOCK + r"attn_out\.": r"model.layers.\1.self_attn.o_proj.",
     _BLOCK + r"ff_norm\.": r"model.layers.\1.post_attention_layernorm.",
     _BLOCK + r"ff_proj\.": r"model.layers.\1.mlp.gate_proj.",

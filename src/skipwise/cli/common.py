@@ -1,0 +1,56 @@
+"""What subcommands share: the console, progress bars, quiet libraries."""
+
+import json
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from skipwise.errors import UserError
+
+console = Console()
+
+ModelName = Annotated[str, typer.Argument(help="An embedded name (tiny-dllm), a folder, a hub id (org/name) or a .gguf file.")]
+Dtype = Annotated[str | None, typer.Option(help="float32, bfloat16 or float16; the checkpoint's own by default.")]
+Device = Annotated[str | None, typer.Option(help="Such as cpu or cuda.")]
+
+
+@contextmanager
+def progress_bar() -> Iterator[Callable[[str, int, int], None]]:
+    """A function (what, done, total) that draws one bar for each thing that is going on."""
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    tasks: dict[str, Any] = {}
+    with Progress(*columns, console=Console(stderr=True), transient=True) as bars:
+
+        def tell(what: str, done: int, total: int) -> None:
+            if what not in tasks:
+                tasks[what] = bars.add_task(what, total=total)
+            bars.update(tasks[what], completed=done, total=total)
+
+        yield tell
+
+
+def read_lines(path: Path) -> list[str]:
+    """The non-empty lines of a text file, each one text. Raises UserError for a file that cannot be read."""
+    try:
+        return [line for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{path} cannot be read as UTF-8 text: {error}. Give a file with one text a line.") from error
+
+
+def settings_from(pairs: list[str]) -> dict[str, Any]:
+    """`["seed=3", "forbid_neighbours=true"]` -> a dictionary; values are JSON, or else strings."""
+    settings: dict[str, Any] = {}
+    for pair in pairs:
+        key, equals, value = pair.partition("=")
+        if not equals:
+            raise UserError(f"--set {pair} has no value; write --set {pair}=VALUE.")
+        try:
+            settings[key] = json.loads(value)
+        except json.JSONDecodeError:
+            settings[key] = value
+    return settings

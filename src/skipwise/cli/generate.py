@@ -1,0 +1,60 @@
+"""`skipwise generate`: decode under a plan."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from skipwise.cli.common import Device, Dtype, ModelName, console
+from skipwise.errors import UserError
+from skipwise.loading import load
+from skipwise.plan import Plan
+from skipwise.sampling import generate
+
+
+def command(
+    model: ModelName,
+    prompts: Annotated[list[str], typer.Argument(help="One or more prompts.")],
+    plan: Annotated[Path | None, typer.Option(help="A plan to decode under.")] = None,
+    gen_length: Annotated[int, typer.Option(help="New tokens a prompt.", min=1)] = 128,
+    steps: Annotated[int | None, typer.Option(help="Denoising steps; one a token by default (diffusion only).")] = None,
+    block_length: Annotated[int | None, typer.Option(help="Tokens decoded block by block (diffusion only).")] = None,
+    remasking: Annotated[str | None, typer.Option(help="low_confidence or random (diffusion only).")] = None,
+    temperature: Annotated[float, typer.Option(help="0 is greedy.")] = 0.0,
+    seed: Annotated[int, typer.Option(help="Of the sampling noise.")] = 0,
+    dtype: Dtype = None,
+    device: Device = None,
+) -> None:
+    """Decode text with any language model, under a plan or without, and say what it took.
+
+    Example: skipwise generate tiny-dllm "s3141592=" --gen-length 7 --plan plan.json
+    """
+    if not all(prompts):
+        raise UserError("A prompt is empty; give at least one character, such as 'a123+456='.")
+    network, tokenizer = load(model, dtype=dtype, device=device)
+    if tokenizer is None:
+        raise UserError(f"{model} came without a tokenizer, so it cannot read prompts.")
+    tokenizer.padding_side = "left"
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    inputs = tokenizer(prompts, return_tensors="pt", padding=True).to(network.device)
+    given = {"steps": steps, "block_length": block_length, "remasking": remasking}
+    generated = generate(
+        network,
+        inputs["input_ids"],
+        attention_mask=inputs["attention_mask"],
+        plan=Plan.load(plan) if plan else None,
+        gen_length=gen_length,
+        temperature=temperature,
+        seed=seed,
+        **{key: value for key, value in given.items() if value is not None},
+    )
+    start = inputs["input_ids"].shape[1]
+    for prompt, sequence in zip(prompts, generated.sequences, strict=True):
+        console.print(prompt + tokenizer.decode(sequence[start:], skip_special_tokens=True), highlight=False, markup=False)
+    stats = generated.stats
+    console.print(
+        f"[dim]{stats.forwards} forwards, {stats.all_in_flops / 1e9:.3f} GFLOP all-in "
+        f"({1 - stats.all_in_flops / stats.whole_all_in_flops:.1%} saved), {stats.seconds:.2f} s[/dim]",
+        highlight=False,
+    )

@@ -1,0 +1,82 @@
+"""`skipwise inspect`: stacks, blocks, parameters, FLOPs, and what can be planned."""
+
+from typing import Annotated
+
+import typer
+from rich.table import Table
+
+from skipwise.blocks import Stack, find_contract
+from skipwise.cli.common import ModelName, console
+from skipwise.cost import Price, Prices, estimate, price_blocks
+from skipwise.examples import Size
+from skipwise.loading import load_skeleton
+from skipwise.plan import Plan
+
+
+def command(
+    model: ModelName,
+    tokens: Annotated[int, typer.Option(help="Text length that a language model's FLOPs are for.", min=1)] = 1024,
+    image: Annotated[int, typer.Option(help="Side of the latent image in latent pixels, for image models.", min=2)] = 128,
+    text: Annotated[int, typer.Option(help="Text tokens that an image model is conditioned on.", min=1)] = 512,
+    skip: Annotated[int | None, typer.Option(help="Also price skipping this many blocks.", min=0)] = None,
+) -> None:
+    """Print a model's stacks of blocks, their parameters and FLOPs, and what can be planned. No weights are needed.
+
+    Examples: skipwise inspect llada-8b --skip 6    |    skipwise inspect flux.1-dev --image 64
+    """
+    skeleton = load_skeleton(model)
+    contract = find_contract(skeleton)
+    prices = price_blocks(skeleton, Size(tokens=tokens, image=image, text=text))
+    language = hasattr(skeleton.config, "vocab_size")
+    at = f"{tokens:,} tokens" if language else f"a {image} x {image} latent image and {text} text tokens"
+    table = Table(title=f"{contract.architecture} ({model}), one forward at {at}")
+    for column in ("stack", "blocks", "block", "streams", "parameters a block", "FLOPs a block", "of all FLOPs"):
+        table.add_column(column)
+    for name, stack in contract.stacks.items():
+        table.add_row(*_row(stack, prices.blocks[name], prices, _parameters(skeleton, name)))
+    table.add_row("outside of the blocks", "", "", "", "", _flops(prices.outside.flops), _share(prices.outside, prices))
+    console.print(table)
+    for name, reason in contract.refused.items():
+        console.print(f"not planned: {name}: {reason}", highlight=False)
+    if skip is not None:
+        plan = Plan.static(contract.shape, {contract.main_stack: range(skip)})
+        _print_saving(plan, estimate(skeleton, plan, prices.size), contract.main_stack, at)
+
+
+def _parameters(model, name: str) -> list[int]:  # type: ignore[no-untyped-def]
+    return [sum(p.numel() for p in block.parameters()) for block in model.get_submodule(name)]
+
+
+def _row(stack: Stack, row: tuple[Price, ...], prices: Prices, parameters: list[int]) -> list[str]:
+    streams = ", ".join(stream.argument for stream in stack.streams)
+    place = " (keeps its place)" if stack.in_place else ""
+    share = _share(sum(row, Price()), prices)
+    flops = _range([price.flops for price in row], _flops)
+    return [stack.name, str(stack.length), stack.block_class + place, streams, _range(parameters, _count), flops, share]
+
+
+def _range(values: list[int], show) -> str:  # type: ignore[no-untyped-def]
+    low, high = min(values), max(values)
+    return show(low) if low == high else f"{show(low)} to {show(high)}"
+
+
+def _share(price: Price, prices: Prices) -> str:
+    return f"{100 * price.flops / prices.forward().flops:.2f}%"
+
+
+def _count(number: int) -> str:
+    return f"{number / 1e6:,.2f} M"
+
+
+def _flops(number: int) -> str:
+    return f"{number / 1e9:,.3f} GFLOP" if number < 1e12 else f"{number / 1e12:,.3f} TFLOP"
+
+
+def _print_saving(plan, cost, stack: str, at: str) -> None:  # type: ignore[no-untyped-def]
+    skipped = sum(map(len, plan.phases[0].skip.values()))
+    console.print(
+        f"skipping {skipped} of {plan.model.stacks[stack]} blocks of {stack} saves {cost.saved_block_flops:.2%} of block "
+        f"FLOPs (the papers' count), {cost.saved_head_flops:.2%} with the head, {cost.saved_all_in_flops:.2%} all-in with "
+        f"attention at {at}; {cost.weight_bytes / 2**30:.2f} GiB of weights are left",
+        highlight=False,
+    )

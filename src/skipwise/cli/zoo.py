@@ -1,0 +1,54 @@
+"""`skipwise zoo`: the embedded models and how they were made."""
+
+from pathlib import Path
+from typing import Annotated
+
+import torch
+import typer
+from torch import nn
+
+from skipwise.cli.common import console
+from skipwise.errors import unknown
+from skipwise.evaluation.tasks import build_task
+from skipwise.files import check_writable
+from skipwise.loading import embedded_names
+from skipwise.zoo.tasks import TASKS
+from skipwise.zoo.tokenizer import build_tokenizer
+from skipwise.zoo.train import RECIPES, save_model, train
+
+app = typer.Typer(help="The embedded models: list them, or train one from its seed.", no_args_is_help=True)
+
+
+@app.command("list")
+def list_models() -> None:
+    """Print the embedded models."""
+    for name in embedded_names():
+        recipe = RECIPES[name]
+        console.print(f"{name}: {recipe.objective.replace('_', ' ')}, {recipe.blocks} blocks, width {recipe.width}", highlight=False)
+
+
+@app.command("train")
+def train_model(
+    name: Annotated[str, typer.Argument(help="Which recipe, such as tiny-dllm.")],
+    output: Annotated[Path, typer.Option("--output", "-o", help="Folder for checkpoint, log and model.")] = Path("runs/zoo"),
+    seed: Annotated[int, typer.Option(help="Of initialisation, data and noise; the shipped models have 0.")] = 0,
+    threads: Annotated[int, typer.Option(help="CPU threads; the shipped models were trained with 1.", min=1)] = 1,
+    compile_blocks: Annotated[bool, typer.Option("--compile/--no-compile", help="torch.compile every block.")] = True,
+) -> None:
+    """Train a zoo model anew (about 25 minutes of one core); a killed run goes on where it was.
+
+    Example: skipwise zoo train tiny-dllm -o runs/tiny-dllm
+    """
+    if name not in RECIPES:
+        raise unknown("recipe", name, RECIPES)
+    check_writable(output)
+    torch.set_num_threads(threads)
+    torch.set_flush_denormal(True)
+    tokenizer = build_tokenizer()
+
+    def accuracy(model: nn.Module) -> dict[str, float]:
+        tasks = [build_task(task, "calibration", 128, 0, 128) for task in TASKS]
+        return {task.name: task.run(model, tokenizer)[0].value for task in tasks}
+
+    model = train(name, output, seed, compile_blocks, accuracy, every=200)
+    console.print(f"trained {name}; written to {save_model(model, name, seed, output)}", highlight=False)

@@ -1,0 +1,203 @@
+"""MDLM: masked diffusion with a DiT backbone, native, from the official checkpoints.
+
+Source: Sahoo et al., "Simple and Effective Masked Diffusion Language Models" (arXiv 2406.07524). A transformer with
+adaptive layer norm: every block's norms are shifted and scaled, and its branches gated, by an embedding of the noise
+level sigma. The published OpenWebText model is not told the noise level, so that sigma is 0.
+"""
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from transformers import PreTrainedConfig, PreTrainedModel
+from transformers.modeling_outputs import MaskedLMOutput
+
+from skipwise.errors import UserError
+
+FREQUENCIES = 256  # of the sinusoidal embedding of sigma
+ROTARY_BASE = 10000.0
+KEY_MAPPING = {r"^backbone\.": ""}
+_KEYS = ("model_length", "vocab_size", "hidden_dim", "cond_dim", "n_blocks", "n_heads", "dropout", "time_conditioning")
+
+
+class MDLMConfig(PreTrainedConfig):
+    """The official config's own keys. The mask token is the last of the vocabulary."""
+
+    model_type = "mdlm"
+    attribute_map = {"hidden_size": "hidden_dim", "num_hidden_layers": "n_blocks", "num_attention_heads": "n_heads"}
+    model_length: int = 1024
+    vocab_size: int = 50258
+    hidden_dim: int = 768
+    cond_dim: int = 128
+    n_blocks: int = 12
+    n_heads: int = 12
+    dropout: float = 0.1
+    time_conditioning: bool = False
+    mask_token_id: int | None = None
+
+    def __post_init__(self, **kwargs: Any) -> None:
+        if self.mask_token_id is None:
+            self.mask_token_id = self.vocab_size - 1
+        super().__post_init__(**kwargs)
+
+    @classmethod
+    def from_official(cls, official: dict[str, Any]) -> "MDLMConfig":
+        """Translate the dictionary of an official config.json. Raises UserError when it lacks a size."""
+        missing = [key for key in ("vocab_size", "hidden_dim", "cond_dim", "n_blocks", "n_heads") if key not in official]
+        if missing:
+            raise UserError(f"MDLM config lacks {', '.join(missing)}; is this an official MDLM config.json?")
+        return cls(architectures=["MDLM"], **{key: official[key] for key in _KEYS if key in official})
+
+
+class _Norm(nn.Module):
+    """Layer norm without bias, in float32 whatever the stream's dtype."""
+
+    def __init__(self, width: int):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(width))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return (F.layer_norm(x.float(), x.shape[-1:]) * self.weight.float()).to(x.dtype)
+
+
+class _Embedding(nn.Module):
+    def __init__(self, rows: int, width: int):
+        super().__init__()
+        self.embedding = nn.Parameter(torch.empty(rows, width))
+
+    def forward(self, ids: Tensor) -> Tensor:
+        return F.embedding(ids, self.embedding)
+
+
+class _SigmaEmbedding(nn.Module):
+    """sigma (batch,) -> (batch, cond_dim)."""
+
+    def __init__(self, width: int):
+        super().__init__()
+        self.mlp = nn.Sequential(nn.Linear(FREQUENCIES, width), nn.SiLU(), nn.Linear(width, width))
+
+    def forward(self, sigma: Tensor) -> Tensor:
+        half = FREQUENCIES // 2
+        rates = torch.exp(-math.log(10000.0) * torch.arange(half, device=sigma.device, dtype=torch.float32) / half)
+        angles = sigma.float()[:, None] * rates
+        return self.mlp(torch.cat([angles.cos(), angles.sin()], dim=-1).to(self.mlp[0].weight.dtype))
+
+
+def _modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
+    return x * (1 + scale) + shift
+
+
+def _rotate(x: Tensor, cosine: Tensor, sine: Tensor) -> Tensor:
+    first, second = x.chunk(2, dim=-1)
+    return x * cosine + torch.cat([-second, first], dim=-1) * sine
+
+
+class MDLMBlock(nn.Module):
+    """Attention and MLP, each normed, modulated and gated by the conditioning (adaLN)."""
+
+    def __init__(self, config: MDLMConfig):
+        super().__init__()
+        width = config.hidden_dim
+        self.heads, self.dropout = config.n_heads, config.dropout
+        self.norm1 = _Norm(width)
+        self.attn_qkv = nn.Linear(width, 3 * width, bias=False)
+        self.attn_out = nn.Linear(width, width, bias=False)
+        self.norm2 = _Norm(width)
+        self.mlp = nn.Sequential(nn.Linear(width, 4 * width), nn.GELU(approximate="tanh"), nn.Linear(4 * width, width))
+        self.adaLN_modulation = nn.Linear(config.cond_dim, 6 * width)
+
+    def forward(
+        self, x: Tensor, rotary: tuple[Tensor, Tensor], conditioning: Tensor, attention_mask: Tensor | None = None
+    ) -> Tensor:
+        """x: (batch, length, width); rotary: two (length, head width); conditioning: (batch, cond_dim); mask: bool."""
+        modulation = self.adaLN_modulation(conditioning)[:, None].chunk(6, dim=-1)
+        shift_attention, scale_attention, gate_attention, shift_mlp, scale_mlp, gate_mlp = modulation
+        attended = self._attend(_modulate(self.norm1(x), shift_attention, scale_attention), rotary, attention_mask)
+        x = x + gate_attention * self._drop(attended)
+        return x + gate_mlp * self._drop(self.mlp(_modulate(self.norm2(x), shift_mlp, scale_mlp)))
+
+    def _attend(self, x: Tensor, rotary: tuple[Tensor, Tensor], attention_mask: Tensor | None) -> Tensor:
+        batch, length, width = x.shape
+        heads = self.attn_qkv(x).view(batch, length, 3, self.heads, width // self.heads)
+        query, key, value = heads.permute(2, 0, 3, 1, 4).unbind(0)  # each (batch, heads, length, head width)
+        query, key = (_rotate(t.float(), *rotary).to(x.dtype) for t in (query, key))
+        out = F.scaled_dot_product_attention(query, key, value, attn_mask=attention_mask)
+        return self.attn_out(out.transpose(1, 2).reshape(batch, length, width))
+
+    def _drop(self, x: Tensor) -> Tensor:
+        return F.dropout(x, self.dropout, self.training)
+
+
+class _OutputLayer(nn.Module):
+    def __init__(self, config: MDLMConfig):
+        super().__init__()
+        self.norm_final = _Norm(config.hidden_dim)
+        self.linear = nn.Linear(config.hidden_dim, config.vocab_size)
+        self.adaLN_modulation = nn.Linear(config.cond_dim, 2 * config.hidden_dim)
+
+    def forward(self, x: Tensor, conditioning: Tensor) -> Tensor:
+        shift, scale = self.adaLN_modulation(conditioning)[:, None].chunk(2, dim=-1)
+        return self.linear(_modulate(self.norm_final(x), shift, scale))
+
+
+class MDLM(PreTrainedModel):
+    """MDLM with its head. `model(input_ids).logits[b, p]` are raw scores of the token at position p.
+
+    input_ids: (batch, length) int64, masked positions hold `config.mask_token_id`; attention_mask: (batch, length),
+    0 on padding; sigma: (batch,) noise level, used when the config asks for time conditioning; logits: (batch, length,
+    vocab_size). That unmasked tokens stay and the mask is never predicted (SUBS) is the sampler's business.
+    """
+
+    config_class = MDLMConfig
+    config: MDLMConfig
+    base_model_prefix = ""
+    main_input_name = "input_ids"
+    is_masked_diffusion = True
+    _no_split_modules = ["MDLMBlock"]
+
+    def __init__(self, config: MDLMConfig):
+        super().__init__(config)
+        self.vocab_embed = _Embedding(config.vocab_size, config.hidden_dim)
+        self.sigma_map = _SigmaEmbedding(config.cond_dim)
+        self.blocks = nn.ModuleList(MDLMBlock(config) for _ in range(config.n_blocks))
+        self.output_layer = _OutputLayer(config)
+        self.post_init()
+
+    def _init_weights(self, module: nn.Module) -> None:
+        """Modulations and the head begin at zero, so that every block begins as the identity (DiT)."""
+        if isinstance(module, _Embedding):
+            nn.init.normal_(module.embedding, std=0.02)
+        elif isinstance(module, MDLMBlock):
+            self._zero(module.adaLN_modulation)
+        elif isinstance(module, _OutputLayer):
+            self._zero(module.adaLN_modulation)
+            self._zero(module.linear)
+
+    @staticmethod
+    def _zero(linear: nn.Linear) -> None:
+        nn.init.zeros_(linear.weight)
+        nn.init.zeros_(linear.bias)
+
+    def forward(
+        self, input_ids: Tensor, attention_mask: Tensor | None = None, sigma: Tensor | None = None
+    ) -> MaskedLMOutput:
+        """One forward; see the class for shapes."""
+        x = self.vocab_embed(input_ids)
+        if sigma is None or not self.config.time_conditioning:
+            sigma = torch.zeros(len(input_ids), device=x.device)
+        conditioning = F.silu(self.sigma_map(sigma))
+        rotary = self._rotary(input_ids.shape[1], x.device)
+        if attention_mask is not None:
+            attention_mask = attention_mask.bool()[:, None, None, :]
+        for block in self.blocks:
+            x = block(x, rotary, conditioning, attention_mask)
+        return MaskedLMOutput(logits=self.output_layer(x, conditioning))
+
+    def _rotary(self, length: int, device: torch.device) -> tuple[Tensor, Tensor]:
+        width = self.config.hidden_dim // self.config.n_heads
+        rates = ROTARY_BASE ** (-torch.arange(0, width, 2, device=device, dtype=torch.float32) / width)
+        angles = torch.outer(torch.arange(length, device=device, dtype=torch.float32), rates)
+        angles = torch.cat([angles, angles], dim=-1)
+        return angles.cos(), angles.sin()
