@@ -1,0 +1,130 @@
+"""One self-contained HTML page: figures inline, no script, no network."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from jinja2 import Environment, PackageLoader, StrictUndefined
+
+from skipwise.analysis.record import Analysis
+from skipwise.errors import UserError
+from skipwise.evaluation.result import Result
+from skipwise.files import write_atomically
+from skipwise.report import figures
+from skipwise.report.rows import percent, scores_of, spread, whole_row
+from skipwise.report.summary import summarize
+
+
+@dataclass(frozen=True)
+class Picture:
+    """A figure of the page: data URI, what it shows for those who do not see it, and its caption."""
+
+    uri: str
+    alt: str
+    caption: str
+
+
+def write_report(results: Sequence[Result], analyses: Sequence[Analysis], path: str | Path) -> Path:
+    """Write the page and return its path. Raises UserError when there is nothing to report or nowhere to write."""
+    if not results and not analyses:
+        raise UserError("There is nothing to report; give at least one Result (skipwise eval) or Analysis.")
+    return write_atomically(path, render(results, analyses))
+
+
+def render(results: Sequence[Result], analyses: Sequence[Analysis]) -> str:
+    """The page as a string."""
+    environment = Environment(
+        loader=PackageLoader("skipwise.report", "."),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    names = list(dict.fromkeys([r.name for r in results] + [a.name for a in analyses]))
+    return environment.get_template("page.html.jinja").render(
+        names=names,
+        summary=summarize(results, analyses),
+        comparison=_comparison(results, analyses),
+        models=[(a.name, a.kind, _pictures(a)) for a in analyses],
+        tables=[_table(result) for result in results],
+        provenance=[_provenance(item) for item in (*results, *analyses)],
+    )
+
+
+def _comparison(results: Sequence[Result], analyses: Sequence[Analysis]) -> list[Picture]:
+    pictures = []
+    if any(row.mean_retention for result in results for row in result.rows):
+        pictures.append(
+            Picture(
+                figures.retention_by_saving(results),
+                "Lines of retention falling as more block FLOPs are saved, one a model and method",
+                "Retention (score under the plan / score without, mean over tasks, same examples) against the fraction of "
+                "block FLOPs saved. Error bars: 95% bootstrap interval for a single plan, lowest and highest plan for "
+                "random ones. Dotted: 90%.",
+            )
+        )
+    if analyses:
+        pictures.append(
+            Picture(
+                figures.models_by_depth(analyses),
+                "Successive cosine and relative update norm over relative depth, one line a model",
+                "What each block does to the stream: cosine of its input and output (near 1: direction unchanged) and size "
+                "of its update relative to its input, by relative depth.",
+            )
+        )
+    return pictures
+
+
+def _pictures(analysis: Analysis) -> list[Picture]:
+    stack, name = figures.main_stack(analysis), analysis.name
+    similarity, norms = analysis.tensors[f"{stack}/similarity"], analysis.tensors[f"{stack}/update_norm"]
+    pictures = [
+        Picture(
+            figures.similarity_map(similarity),
+            f"Heat map of the cosine similarity of all pairs of states of {name}",
+            f"Mean cosine similarity of every pair of states between blocks of {stack}, over tokens"
+            + (" and denoising steps of the model's own trajectories." if analysis.kind == "masked diffusion" else "."),
+        ),
+        Picture(
+            figures.by_depth(norms, analysis.successive_similarity(stack)),
+            f"Relative update norm and cosine of every block of {name}",
+            "Bars: relative size of each block's update. Line: cosine of its input and output.",
+        ),
+    ]
+    for axis, label, prefix in (("progress", "progress (0 = all noise)", "step"), ("noise_levels", "fraction masked", "noise")):
+        for statistic, what in (("update_norm", "relative update norm"), ("similarity", "cosine of input and output")):
+            values, rows = analysis.get(stack, f"{prefix}_{statistic}"), analysis.get(stack, axis)
+            if values is not None and rows is not None:
+                data = "along its own trajectories" if prefix == "step" else "on noised texts"
+                caption = f"{what[0].upper()}{what[1:]} of each block by {label}, {data}."
+                pictures.append(Picture(figures.grid_map(values, rows, label, what), f"Heat map for {name}: {caption}", caption))
+    return pictures
+
+
+def _table(result: Result) -> dict[str, Any]:
+    labels = list(whole_row(result).scores)
+    rows = []
+    for row in result.rows:
+        rows.append(
+            {
+                "plan": row.plan.describe() if row.plan else "whole model",
+                "method": row.method,
+                "k": row.k,
+                "saved": [percent(row.saved_block_flops, 2), percent(row.saved_all_in_flops, 2)] if row.plan else ["-", "-"],
+                "seconds": f"{row.seconds:.2f}",
+                "scores": [scores_of([row], label) for label in labels],
+                "retention": spread(row.mean_retention),
+            }
+        )
+    metrics = {label: score.metric for label, score in whole_row(result).scores.items()}
+    return {"name": result.name, "labels": labels, "metrics": metrics, "rows": rows}
+
+
+def _provenance(item: Result | Analysis) -> dict[str, Any]:
+    versions = ", ".join(f"{name} {version}" for name, version in item.versions.items())
+    if isinstance(item, Analysis):
+        facts = {"settings": item.settings, "calibration": item.calibration}
+        return {"what": f"Analysis of {item.name}", "facts": facts | {"versions": versions}}
+    facts = {"date": item.date, "device": item.device, "dtype": item.dtype, "seeds": item.seeds, "settings": item.settings}
+    return {"what": f"Result of {item.name}", "facts": facts | {"model": item.model, "versions": versions}}
