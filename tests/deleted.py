@@ -1,9 +1,9 @@
 """Oracle for the laws: models from which blocks are really deleted, made without skipwise's skipping.
 
 A transformers model is built anew from a config with fewer layers, and given the remaining blocks' weights under their
-new numbers. Other models are copied and the list entries are deleted. Chroma cuts its modulation by block number and DiT
-embeds the timestep with block 0, so that deleting entries would hand blocks what belongs to others; there the branches'
-last projections are zeroed instead, which makes a block add exactly nothing.
+new numbers. Other models are copied and the list entries are deleted. Chroma cuts its modulation by block number and
+DiT embeds the timestep with block 0, so that deleting entries would hand blocks what belongs to others; there the
+branches' last projections are zeroed instead, which makes a block add exactly nothing.
 """
 
 import copy

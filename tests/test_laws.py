@@ -185,7 +185,9 @@ def test_a_skipped_block_costs_nothing(model: nn.Module) -> None:
             stand_ins = [block for block in blocks if isinstance(block, PassThrough)]
             assert len(blocks) - len(stand_ins) == stack.length - 1
             assert len(stand_ins) == (1 if stack.in_place else 0)
-            hooks = [v for m in model.modules() for k, v in vars(m).items() if "hooks" in k and isinstance(v, dict) and v]
+            hooks = [
+                v for m in model.modules() for k, v in vars(m).items() if "hooks" in k and isinstance(v, dict) and v
+            ]
             assert len(hooks) == sum(bool(n) for row in before[:-2] for n in row[4].values())
             assert not any("forward" in vars(block) for block in blocks)
 
@@ -199,7 +201,9 @@ def test_cache_works_under_a_plan(name: str, numbers: list[int], models: dict[st
     short = deleted(model, stack, set(numbers))
     ids = torch.arange(3, 13).view(2, 5)
     mask = torch.tensor([[0, 0, 1, 1, 1], [1, 1, 1, 1, 1]])
-    settings: dict[str, Any] = dict(attention_mask=mask, max_new_tokens=9, do_sample=False, eos_token_id=None, pad_token_id=0)
+    settings: dict[str, Any] = dict(
+        attention_mask=mask, max_new_tokens=9, do_sample=False, eos_token_id=None, pad_token_id=0
+    )
     expected = short.generate(ids, use_cache=True, **settings)
     with skip(model, static(model, {stack: numbers})):
         assert torch.equal(model.generate(ids, use_cache=True, **settings), expected)
@@ -245,8 +249,9 @@ def test_long_skips_are_refused_with_the_reason(name: str) -> None:
 
 def test_a_plan_for_another_model_is_refused() -> None:
     llama, gemma = ROWS["llama"](), ROWS["gemma3"]()
-    with pytest.raises(sw.UserError, match="architecture 'LlamaForCausalLM', but the model has 'Gemma3ForCausalLM'"), skip(
-        gemma, static(llama, {"model.layers": [1]})
+    with (
+        pytest.raises(sw.UserError, match="architecture 'LlamaForCausalLM', but the model has 'Gemma3ForCausalLM'"),
+        skip(gemma, static(llama, {"model.layers": [1]})),
     ):
         pass
 

@@ -99,7 +99,10 @@ def test_hub_id_from_the_offline_cache(llama: Path, tmp_path: Path, monkeypatch:
 
 
 def test_names_with_a_typo() -> None:
-    fails("tiny-dlm", r"Unknown model 'tiny-dlm'. Did you mean 'tiny-dllm'\?.*an existing folder, a .gguf file, or a hub id")
+    fails(
+        "tiny-dlm",
+        r"Unknown model 'tiny-dlm'. Did you mean 'tiny-dllm'\?.*an existing folder, a .gguf file, or a hub id",
+    )
     fails("llada-8", "Did you mean 'llada-8b'")
     fails("llada-8b", "is a preset, a config without weights; use it with `skipwise inspect`")
     fails("./nowhere/model", "Unknown model")
@@ -130,7 +133,10 @@ def test_remote_code_is_never_run(llama: Path) -> None:
     marker = llama / "was_run"
     (llama / "modeling.py").write_text(f"open({str(marker)!r}, 'w')")
     config = json.loads((llama / "config.json").read_text())
-    config |= {"model_type": "novel", "auto_map": {"AutoModelForCausalLM": "modeling.Novel", "AutoConfig": "modeling.C"}}
+    config |= {
+        "model_type": "novel",
+        "auto_map": {"AutoModelForCausalLM": "modeling.Novel", "AutoConfig": "modeling.C"},
+    }
     (llama / "config.json").write_text(json.dumps(config))
     fails(str(llama), "model_type 'novel'.*own code is never run")
     assert not marker.exists()
@@ -165,9 +171,18 @@ def test_damaged_safetensors(damage: Callable[[Path], None], native: bool, llama
 def test_wrong_architecture(llama: Path) -> None:
     """A config that names another model than the weights are of."""
     config = json.loads((llama / "config.json").read_text())
-    (llama / "config.json").write_text(json.dumps(config | {"model_type": "gpt2", "architectures": ["GPT2LMHeadModel"]}))
+    (llama / "config.json").write_text(
+        json.dumps(config | {"model_type": "gpt2", "architectures": ["GPT2LMHeadModel"]})
+    )
     fails(str(llama), "does not fit 'gpt2': the checkpoint lacks")
-    official = {"model_type": "llada", "d_model": 32, "n_layers": 4, "n_heads": 4, "mlp_hidden_size": 48, "vocab_size": 64}
+    official = {
+        "model_type": "llada",
+        "d_model": 32,
+        "n_layers": 4,
+        "n_heads": 4,
+        "mlp_hidden_size": 48,
+        "vocab_size": 64,
+    }
     (llama / "config.json").write_text(json.dumps(official))
     fails(str(llama), "does not fit 'llada'")
     (llama / "config.json").write_text(json.dumps({"model_type": "llada"}))
@@ -210,7 +225,9 @@ def write_gguf(path: Path, model: nn.Module) -> None:
     writer.add_eos_token_id(2)
     names = {"model.embed_tokens": "token_embd", "model.norm": "output_norm", "lm_head": "output"}
     parts = {"input_layernorm": "attn_norm", "post_attention_layernorm": "ffn_norm", "self_attn.o_proj": "attn_output"}
-    parts |= {f"self_attn.{x}_proj": f"attn_{x}" for x in "qkv"} | {f"mlp.{x}_proj": f"ffn_{x}" for x in ("gate", "up", "down")}
+    parts |= {f"self_attn.{x}_proj": f"attn_{x}" for x in "qkv"} | {
+        f"mlp.{x}_proj": f"ffn_{x}" for x in ("gate", "up", "down")
+    }
     heads = {"q": config.num_attention_heads, "k": config.num_key_value_heads}
     for key, tensor in weights.items():
         module = key.removesuffix(".weight")

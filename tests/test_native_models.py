@@ -83,7 +83,11 @@ def llada_shapes() -> dict[str, tuple[int, ...]]:
 
 
 def dream_shapes() -> dict[str, tuple[int, ...]]:
-    shapes: dict[str, tuple[int, ...]] = {"model.embed_tokens.weight": (V, D), "model.norm.weight": (D,), "lm_head.weight": (V, D)}
+    shapes: dict[str, tuple[int, ...]] = {
+        "model.embed_tokens.weight": (V, D),
+        "model.norm.weight": (D,),
+        "lm_head.weight": (V, D),
+    }
     for i in range(LAYERS):
         parts: dict[str, tuple[int, ...]] = {"input_layernorm.weight": (D,), "post_attention_layernorm.weight": (D,)}
         for name, rows in (("q", D), ("k", KV * HEAD), ("v", KV * HEAD)):

@@ -56,13 +56,22 @@ def change(**changes: Any) -> dict[str, Any]:
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        (change(fases=[]), r"Unknown key 'fases'. Did you mean 'phases'\? Available: format, made_by, model, phases, train"),
-        (change(phases=[{"until": 1.0, "skipp": {}}]), r"Unknown key 'phases.0.skipp'. .*Available: model, skip, until"),
+        (
+            change(fases=[]),
+            r"Unknown key 'fases'. Did you mean 'phases'\? Available: format, made_by, model, phases, train",
+        ),
+        (
+            change(phases=[{"until": 1.0, "skipp": {}}]),
+            r"Unknown key 'phases.0.skipp'. .*Available: model, skip, until",
+        ),
         (change(phases=[{"until": 0.5}]), "phases end at \\[0.5\\]; they must rise and the last must end at 1.0"),
         (change(phases=[{"until": 0.5}, {"until": 0.5}, {"until": 1.0}]), "they must rise"),
         (change(phases=[]), "phases end at \\[\\]"),
         (change(phases=[{"until": 1.5}]), "phases.0.until: .*less than or equal to 1 \\(got 1.5\\)"),
-        (change(phases=[{"skip": {"model.layers": [32]}}]), "Block 32 is not in model.layers, which has blocks 0 to 31"),
+        (
+            change(phases=[{"skip": {"model.layers": [32]}}]),
+            "Block 32 is not in model.layers, which has blocks 0 to 31",
+        ),
         (change(phases=[{"skip": {"model.layers": [-1]}}]), "Block -1 is not in"),
         (change(phases=[{"skip": {"model.layers": [3, 3]}}]), "must be listed once each, in ascending order"),
         (change(phases=[{"skip": {"model.layer": [3]}}]), "Unknown stack 'model.layer'. Did you mean 'model.layers'"),

@@ -183,7 +183,9 @@ def test_autoregressive(name: str) -> None:
     prompt = torch.arange(4, 14).view(2, 5)
     generated = sw.generate(model, prompt, plan=static(model, [0]), gen_length=6, stop_at_eos=False)
     short = deleted(model, "model.layers", {0})
-    expected = short.generate(prompt, max_new_tokens=6, min_new_tokens=6, do_sample=False, use_cache=False, pad_token_id=0)
+    expected = short.generate(
+        prompt, max_new_tokens=6, min_new_tokens=6, do_sample=False, use_cache=False, pad_token_id=0
+    )
     assert torch.equal(generated.sequences, expected)
     assert generated.stats.forwards == 6
     assert generated.stats.block_flops < generated.stats.all_in_flops < generated.stats.whole_all_in_flops

@@ -34,7 +34,7 @@ _HOMES = {
     "write_report": "report",
 }
 
-__all__ = [  # noqa: F822 (found by __getattr__)
+__all__ = [
     "Analysis",
     "Plan",
     "Result",

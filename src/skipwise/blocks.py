@@ -8,7 +8,8 @@ import inspect
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
-from typing import Any
+from itertools import pairwise
+from typing import Any, cast
 from weakref import WeakKeyDictionary
 
 from torch import Tensor, nn
@@ -70,7 +71,7 @@ class Contract:
         return max(self.stacks, key=lambda name: self.stacks[name].length)
 
 
-class Unplannable(UserError):
+class UnplannableError(UserError):
     """A model none of whose lists of blocks can be planned."""
 
 
@@ -95,6 +96,7 @@ class Trace:
     running: int | None = None
     used_outside: bool = False
 
+
 _contracts: WeakKeyDictionary[nn.Module, Contract] = WeakKeyDictionary()
 
 
@@ -102,7 +104,7 @@ def find_contract(model: nn.Module, example: Mapping[str, Any] | None = None) ->
     """The contract of a model, traced once and remembered.
 
     example: keyword arguments of one forward; made by `skipwise.examples` when left out. Parameters may be on the meta
-    device. Raises Unplannable, with the reasons, when no stack can be planned.
+    device. Raises UnplannableError, with the reasons, when no stack can be planned.
     """
     if model not in _contracts:
         _contracts[model] = _trace_contract(model, example)
@@ -124,7 +126,7 @@ def _trace_contract(model: nn.Module, example: Mapping[str, Any] | None) -> Cont
     architecture = type(model).__name__
     if not stacks:
         reasons = "; ".join(f"{name}: {reason}" for name, reason in refused.items()) or "it has no list of blocks"
-        raise Unplannable(f"{architecture} cannot be planned: {reasons}.")
+        raise UnplannableError(f"{architecture} cannot be planned: {reasons}.")
     return Contract(architecture, _stream_width(stacks, traces), stacks, refused)
 
 
@@ -133,9 +135,19 @@ def block_lists(model: nn.Module) -> dict[str, nn.ModuleList]:
     found: dict[str, nn.ModuleList] = {}
     for name, module in model.named_modules():
         inside = any(name.startswith(outer + ".") for outer in found)
-        if isinstance(module, nn.ModuleList) and len(module) > 1 and not inside and any(True for _ in module.parameters()):
+        if (
+            isinstance(module, nn.ModuleList)
+            and len(module) > 1
+            and not inside
+            and any(True for _ in module.parameters())
+        ):
             found[name] = module
     return found
+
+
+def module_list(model: nn.Module, name: str) -> nn.ModuleList:
+    """The list of blocks at a dotted path."""
+    return cast(nn.ModuleList, model.get_submodule(name))
 
 
 def trace_calls(model: nn.Module, lists: Mapping[str, nn.ModuleList], example: Mapping[str, Any]) -> dict[str, Trace]:
@@ -189,7 +201,7 @@ def _refusal(calls: Sequence[Call], blocks: nn.ModuleList) -> str | None:
         return "none of its modules ran in the example call"
     if order != list(range(len(blocks))):
         return f"its modules ran in the order {order}, not once each from first to last"
-    for call, following in zip(calls, calls[1:], strict=False):
+    for call, following in pairwise(calls):
         if not _links(call, following):
             return f"no output of block {call.index} reaches block {following.index} unchanged"
         if _links(call, following) != _links(calls[0], calls[1]):
@@ -230,13 +242,11 @@ def _tensors(value: Any) -> list[Tensor]:
 
 
 def _describe(model: nn.Module, name: str, trace: Trace) -> Stack:
-    calls, blocks = trace.calls, model.get_submodule(name)
+    calls, blocks = trace.calls, module_list(model, name)
     result = calls[0].result
     streams = _links(calls[0], calls[1])
     per_layer = [
-        getattr(config, key)
-        for config in layer_configs(model, name)
-        for key in layer_list_names(config, len(calls))
+        getattr(config, key) for config in layer_configs(model, name) for key in layer_list_names(config, len(calls))
     ]
     return Stack(
         name=name,
@@ -273,9 +283,9 @@ def _same(a: Any, b: Any) -> bool:
 
 def layer_configs(model: nn.Module, name: str) -> list[Any]:
     """The transformers configs that describe exactly the blocks of this list (`num_hidden_layers` is their number)."""
-    owner, blocks = model.get_submodule(name.rpartition(".")[0]), model.get_submodule(name)
+    owner, blocks = model.get_submodule(name.rpartition(".")[0]), module_list(model, name)
     holders = [owner, *blocks.modules()]
-    found = [module.config for module in holders if hasattr(module, "config")]
+    found: list[Any] = [module.config for module in holders if hasattr(module, "config")]
     found += [config.get_text_config() for config in found if hasattr(config, "get_text_config")]
     unique = {id(config): config for config in found}.values()
     return [config for config in unique if getattr(config, "num_hidden_layers", None) == len(blocks)]
@@ -304,7 +314,9 @@ def _couple(stacks: dict[str, Stack], refused: dict[str, str], lists: Mapping[st
 def _share_weights(blocks: nn.ModuleList, others: nn.ModuleList) -> bool:
     if len(blocks) != len(others):
         return False
-    return all({id(p) for p in a.parameters()} & {id(p) for p in b.parameters()} for a, b in zip(blocks, others, strict=True))
+    return all(
+        {id(p) for p in a.parameters()} & {id(p) for p in b.parameters()} for a, b in zip(blocks, others, strict=True)
+    )
 
 
 def _stream_width(stacks: Mapping[str, Stack], traces: Mapping[str, Trace]) -> int:

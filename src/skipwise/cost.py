@@ -17,7 +17,7 @@ from weakref import WeakKeyDictionary
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from skipwise.blocks import Contract, find_contract
+from skipwise.blocks import Contract, find_contract, module_list
 from skipwise.errors import unknown
 from skipwise.examples import Size, example_inputs, on_meta, shapes_only
 from skipwise.plan import Phase, Plan
@@ -102,7 +102,8 @@ def cost_of(prices: Prices, plan: Plan | None, others: Mapping[str, Prices] | No
     """`estimate` from prices that are already known; arithmetic only."""
     whole_blocks, whole = prices.of_blocks(), prices.forward()
     block = head = all_in = begun = 0.0
-    activation, resident = 0, {}
+    activation = 0
+    resident: dict[str | None, tuple[dict[str, tuple[int, ...]], Prices]] = {}
     for phase in plan.phases if plan else (Phase(),):
         source = prices if phase.model is None else _other(others or {}, phase.model)
         part, begun = phase.until - begun, phase.until
@@ -165,7 +166,7 @@ def _price(model: nn.Module, size: Size, contract: Contract, example: Mapping[st
         block: (name, i)
         for name, stack in contract.stacks.items()
         for path in (name, *stack.coupled)
-        for i, block in enumerate(twin.get_submodule(path))
+        for i, block in enumerate(module_list(twin, path))
     }
     meter = Meter()
     inputs = example_inputs(twin, size, device="meta") if example is None else on_meta(twin, example)

@@ -29,9 +29,9 @@ def run_demo(
 ) -> tuple[list[Result], Path]:
     """Analyse every model, skip `skips` blocks by similarity and at random, evaluate, and report.
 
-    Skip sets are chosen on calibration texts, scores are on test examples (`examples` a task; 250 prompts or 6 windows of
-    text when left out). Leaves analysis-NAME/, plans/, result-NAME.json and report.html in `output`. Returns the results
-    and the path of the report. Raises UserError before any work when the folder cannot be written.
+    Skip sets are chosen on calibration texts, scores are on test examples (`examples` a task; 250 prompts or 6 windows
+    of text when left out). Leaves analysis-NAME/, plans/, result-NAME.json and report.html in `output`. Returns the
+    results and the path of the report. Raises UserError before any work when the folder cannot be written.
     """
     output = check_writable(output)
     tell = on_progress or (lambda *_: None)

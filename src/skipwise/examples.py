@@ -68,9 +68,11 @@ def example_inputs(model: nn.Module, size: Size = TINY, device: torch.device | s
 
 
 def on_meta(model: nn.Module, example: Mapping[str, Any]) -> dict[str, Any]:
-    """A real example for the model on the meta device: states on meta, what a forward may read the values of is kept."""
+    """A real example for the model on the meta device: states on meta, what a forward may read is kept."""
     moved = tree_map_only(
-        Tensor, lambda tensor: tensor.to("meta") if tensor.is_floating_point() and tensor.ndim > 2 else tensor, dict(example)
+        Tensor,
+        lambda tensor: tensor.to("meta") if tensor.is_floating_point() and tensor.ndim > 2 else tensor,
+        dict(example),
     )
     ids = moved.get("input_ids")
     if ids is not None and "position_ids" in inspect.signature(model.forward).parameters:

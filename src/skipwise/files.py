@@ -39,7 +39,9 @@ def check_writable(folder: str | Path) -> Path:
         with tempfile.TemporaryFile(dir=folder):
             return folder
     except OSError as error:
-        raise UserError(f"Cannot write in {folder}: {error.strerror or error}. Choose a folder you can write to.") from error
+        raise UserError(
+            f"Cannot write in {folder}: {error.strerror or error}. Choose a folder you can write to."
+        ) from error
 
 
 def user_cache() -> Path:

@@ -203,7 +203,9 @@ def _check_weights(source: Source) -> None:
             f"{source.name} has its weights only as pickle ({pickles[0]}), which can run code when it is read; "
             "convert it to safetensors first."
         )
-    raise UserError(f"{source.name} has a config but no .safetensors weights; use it with `skipwise inspect`, or add them.")
+    raise UserError(
+        f"{source.name} has a config but no .safetensors weights; use it with `skipwise inspect`, or add them."
+    )
 
 
 def _check_keys(source: Source, report: dict[str, Any], strict: bool) -> None:

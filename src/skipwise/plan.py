@@ -7,6 +7,7 @@ for by architecture, stack lengths and width, so that it can be checked before i
 import json
 from collections.abc import Mapping, Sequence
 from functools import cached_property
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, Literal, Self
 
@@ -57,7 +58,7 @@ class Provenance(_Frozen):
 class Plan(_Frozen):
     """A validated plan. A static plan has one phase; raises UserError for blocks, stacks or phases that cannot be."""
 
-    format: Literal["skipwise-plan/1"] = FORMAT
+    format: Literal["skipwise-plan/1"] = "skipwise-plan/1"
     model: ModelShape
     phases: tuple[Phase, ...] = (Phase(),)
     train: Blocks = {}
@@ -66,7 +67,7 @@ class Plan(_Frozen):
     @model_validator(mode="after")
     def _check(self) -> Self:
         ends = [phase.until for phase in self.phases]
-        if not ends or ends[-1] != 1.0 or any(a >= b for a, b in zip(ends, ends[1:], strict=False)):
+        if not ends or ends[-1] != 1.0 or any(a >= b for a, b in pairwise(ends)):
             raise UserError(f"Plan phases end at {ends}; they must rise and the last must end at 1.0.")
         for blocks in (*(phase.skip for phase in self.phases), self.train):
             for stack, numbers in blocks.items():
@@ -153,8 +154,8 @@ def _first_problem(error: ValidationError, model: type[BaseModel]) -> str:
     where = ".".join(str(part) for part in problem["loc"])
     if problem["type"] == "extra_forbidden":
         # loc ends in the key that nobody knows; the legal ones are the fields of the model it sits in
-        owner = {"phases": Phase, "model": ModelShape, "made_by": Provenance}.get(str(problem["loc"][0]), model)
-        owner = model if len(problem["loc"]) == 1 else owner
+        parts: dict[str, type[BaseModel]] = {"phases": Phase, "model": ModelShape, "made_by": Provenance}
+        owner = model if len(problem["loc"]) == 1 else parts.get(str(problem["loc"][0]), model)
         return str(unknown("key", where, owner.model_fields))
     if problem["type"] == "value_error":
         return str(problem["ctx"]["error"])

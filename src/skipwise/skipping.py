@@ -14,7 +14,7 @@ from weakref import WeakKeyDictionary
 
 from torch import Tensor, nn
 
-from skipwise.blocks import Contract, Stack, find_contract, layer_configs, layer_list_names
+from skipwise.blocks import Contract, Stack, find_contract, layer_configs, layer_list_names, module_list
 from skipwise.errors import UserError
 from skipwise.plan import Plan
 
@@ -90,7 +90,9 @@ def skip(model: nn.Module, plan: Plan, example: Mapping[str, Any] | None = None)
     plan.check_model(contract.shape)
     named = next((phase.model for phase in plan.phases if phase.model), None)
     if named:
-        raise UserError(f"The plan hands steps to another model, {named!r}, which `skip` cannot run; use a static plan.")
+        raise UserError(
+            f"The plan hands steps to another model, {named!r}, which `skip` cannot run; use a static plan."
+        )
     stack = _active.setdefault(model, [])
     outer = stack[-1] if stack else None
     skipping = Skipping(model, contract, plan, outer.skipped if outer else {})
@@ -161,7 +163,7 @@ def _lists(model: nn.Module, stack: Stack) -> Iterator[tuple[str, nn.Module, str
     """(path, owner, attribute, list) of a stack and of those coupled with it."""
     for path in (stack.name, *stack.coupled):
         owner, _, attribute = path.rpartition(".")
-        yield path, model.get_submodule(owner), attribute, model.get_submodule(path)
+        yield path, model.get_submodule(owner), attribute, module_list(model, path)
 
 
 def _stand_in(model: nn.Module, stack: Stack, numbers: frozenset[int], undo: list[Undo]) -> None:
@@ -196,6 +198,8 @@ def _shorten(config: Any, length: int, kept: list[int], undo: list[Undo]) -> Non
         _set(config, key, type(values)(values[i] for i in kept), undo)
     spec = getattr(config, "_heterogeneity_spec", None)  # transformers' overrides by layer number (DiffusionGemma)
     if spec is not None:
-        overrides = {new: spec.per_layer_overrides[old] for new, old in enumerate(kept) if old in spec.per_layer_overrides}
+        overrides = {
+            new: spec.per_layer_overrides[old] for new, old in enumerate(kept) if old in spec.per_layer_overrides
+        }
         _set(config, "_heterogeneity_spec", replace(spec, per_layer_overrides=overrides), undo)
     _set(config, "num_hidden_layers", len(kept), undo)

@@ -49,7 +49,8 @@ def analyze(
 
     An autoregressive model or an encoder reads each text once. A masked diffusion model is followed along its own
     denoising trajectories (prompt kept, one token a step but at most `max_steps` steps; of a plain text the first half
-    is the prompt), by step in `step_bins` bins of progress, and reads the texts with a fraction of the tokens masked, by `noise_levels` levels.
+    is the prompt), by step in `step_bins` bins of progress, and reads the texts with a fraction of the tokens masked,
+    by `noise_levels` levels.
     texts are cut to `max_tokens`; on_progress(done, total) is called after every batch.
     Raises UserError for an empty list of texts.
     """
@@ -71,7 +72,13 @@ def analyze(
         kind=kind_of(model),
         tensors={f"{stack}/{key}": tensor.contiguous() for key, tensor in tensors.items()},
         calibration=_fingerprint(samples),
-        settings={"max_tokens": max_tokens, "noise_levels": noise_levels, "step_bins": step_bins, "max_steps": max_steps, "seed": seed},
+        settings={
+            "max_tokens": max_tokens,
+            "noise_levels": noise_levels,
+            "step_bins": step_bins,
+            "max_steps": max_steps,
+            "seed": seed,
+        },
         versions=versions(),
     )
 

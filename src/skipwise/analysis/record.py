@@ -43,6 +43,16 @@ class Analysis:
         """A statistic of a stack, or None where it was not measured."""
         return self.tensors.get(f"{stack}/{name}")
 
+    @property
+    def stacks(self) -> list[str]:
+        """The analysed stacks, sorted by name."""
+        return sorted({key.rpartition("/")[0] for key in self.tensors})
+
+    @property
+    def main_stack(self) -> str:
+        """The analysed stack with the most blocks."""
+        return max(self.stacks, key=lambda name: self.model.stacks[name])
+
     def successive_similarity(self, stack: str) -> Tensor:
         """(n,): mean cosine between the input and the output of every block; high means redundant."""
         return torch.diagonal(self.tensors[f"{stack}/similarity"], offset=1)
@@ -72,7 +82,9 @@ class Analysis:
             facts = json.loads((folder / "analysis.json").read_text(encoding="utf-8"))
             tensors = load_file(folder / "analysis.safetensors")
         except (OSError, ValueError, SafetensorError) as error:
-            raise UserError(f"{folder} holds no readable analysis: {error}. Make one with `skipwise analyze`.") from error
+            raise UserError(
+                f"{folder} holds no readable analysis: {error}. Make one with `skipwise analyze`."
+            ) from error
         if facts.pop("format", None) != FORMAT:
             raise UserError(f"{folder} is not a {FORMAT} folder. Make one with `skipwise analyze`.")
         return cls(model=ModelShape(**facts.pop("model")), tensors=tensors, **facts)

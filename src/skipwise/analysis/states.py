@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from skipwise.blocks import Stack, bind
+from skipwise.blocks import Stack, bind, module_list
 
 _EPSILON = 1e-12
 
@@ -57,7 +57,7 @@ class StateReader:
     """Collects the boundary states of one stack during a forward of its model."""
 
     def __init__(self, model: nn.Module, stack: Stack):
-        self._blocks = list(model.get_submodule(stack.name))
+        self._blocks = list(module_list(model, stack.name))
         self._stream = stack.streams[0]
         self._states: list[Tensor] = []
 

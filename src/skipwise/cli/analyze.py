@@ -15,7 +15,9 @@ from skipwise.loading import load
 def command(
     model: ModelName,
     output: Annotated[Path, typer.Option("--output", "-o", help="Folder for the analysis.")] = Path("runs/analysis"),
-    texts: Annotated[Path | None, typer.Option(help="File with one text a line; built-in calibration texts by default.")] = None,
+    texts: Annotated[
+        Path | None, typer.Option(help="File with one text a line; built-in calibration texts by default.")
+    ] = None,
     count: Annotated[int, typer.Option(help="How many built-in texts to read.", min=1)] = 64,
     max_tokens: Annotated[int, typer.Option(help="Texts are cut to this length.", min=2)] = 512,
     dtype: Dtype = None,

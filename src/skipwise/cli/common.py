@@ -14,7 +14,9 @@ from skipwise.errors import UserError
 
 console = Console()
 
-ModelName = Annotated[str, typer.Argument(help="An embedded name (tiny-dllm), a folder, a hub id (org/name) or a .gguf file.")]
+ModelName = Annotated[
+    str, typer.Argument(help="An embedded name (tiny-dllm), a folder, a hub id (org/name) or a .gguf file.")
+]
 Dtype = Annotated[str | None, typer.Option(help="float32, bfloat16 or float16; the checkpoint's own by default.")]
 Device = Annotated[str | None, typer.Option(help="Such as cpu or cuda.")]
 

@@ -16,7 +16,9 @@ from skipwise.report import table
 def command(
     model: ModelName,
     plan: Annotated[list[Path] | None, typer.Option(help="A plan to evaluate; repeat for several.")] = None,
-    task: Annotated[list[str] | None, typer.Option(help="A task; repeat for several; the model's own by default.")] = None,
+    task: Annotated[
+        list[str] | None, typer.Option(help="A task; repeat for several; the model's own by default.")
+    ] = None,
     examples: Annotated[int | None, typer.Option(help="Prompts a task (500), or windows of a text (8).", min=1)] = None,
     seed: Annotated[int, typer.Option(help="Of the examples and the bootstrap.")] = 0,
     output: Annotated[Path, typer.Option("--output", "-o", help="Where to write the Result.")] = Path("result.json"),

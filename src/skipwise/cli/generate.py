@@ -1,7 +1,7 @@
 """`skipwise generate`: decode under a plan."""
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -38,7 +38,7 @@ def command(
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
     inputs = tokenizer(prompts, return_tensors="pt", padding=True).to(network.device)
-    given = {"steps": steps, "block_length": block_length, "remasking": remasking}
+    given: dict[str, Any] = {"steps": steps, "block_length": block_length, "remasking": remasking}
     generated = generate(
         network,
         inputs["input_ids"],
@@ -51,7 +51,9 @@ def command(
     )
     start = inputs["input_ids"].shape[1]
     for prompt, sequence in zip(prompts, generated.sequences, strict=True):
-        console.print(prompt + tokenizer.decode(sequence[start:], skip_special_tokens=True), highlight=False, markup=False)
+        console.print(
+            prompt + tokenizer.decode(sequence[start:], skip_special_tokens=True), highlight=False, markup=False
+        )
     stats = generated.stats
     console.print(
         f"[dim]{stats.forwards} forwards, {stats.all_in_flops / 1e9:.3f} GFLOP all-in "

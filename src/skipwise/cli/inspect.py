@@ -1,13 +1,15 @@
 """`skipwise inspect`: stacks, blocks, parameters, FLOPs, and what can be planned."""
 
+from collections.abc import Callable
 from typing import Annotated
 
 import typer
 from rich.table import Table
+from torch import nn
 
-from skipwise.blocks import Stack, find_contract
+from skipwise.blocks import Stack, find_contract, module_list
 from skipwise.cli.common import ModelName, console
-from skipwise.cost import Price, Prices, estimate, price_blocks
+from skipwise.cost import Cost, Price, Prices, estimate, price_blocks
 from skipwise.examples import Size
 from skipwise.loading import load_skeleton
 from skipwise.plan import Plan
@@ -16,7 +18,9 @@ from skipwise.plan import Plan
 def command(
     model: ModelName,
     tokens: Annotated[int, typer.Option(help="Text length that a language model's FLOPs are for.", min=1)] = 1024,
-    image: Annotated[int, typer.Option(help="Side of the latent image in latent pixels, for image models.", min=2)] = 128,
+    image: Annotated[
+        int, typer.Option(help="Side of the latent image in latent pixels, for image models.", min=2)
+    ] = 128,
     text: Annotated[int, typer.Option(help="Text tokens that an image model is conditioned on.", min=1)] = 512,
     skip: Annotated[int | None, typer.Option(help="Also price skipping this many blocks.", min=0)] = None,
 ) -> None:
@@ -43,8 +47,8 @@ def command(
         _print_saving(plan, estimate(skeleton, plan, prices.size), contract.main_stack, at)
 
 
-def _parameters(model, name: str) -> list[int]:  # type: ignore[no-untyped-def]
-    return [sum(p.numel() for p in block.parameters()) for block in model.get_submodule(name)]
+def _parameters(model: nn.Module, name: str) -> list[int]:
+    return [sum(p.numel() for p in block.parameters()) for block in module_list(model, name)]
 
 
 def _row(stack: Stack, row: tuple[Price, ...], prices: Prices, parameters: list[int]) -> list[str]:
@@ -55,7 +59,7 @@ def _row(stack: Stack, row: tuple[Price, ...], prices: Prices, parameters: list[
     return [stack.name, str(stack.length), stack.block_class + place, streams, _range(parameters, _count), flops, share]
 
 
-def _range(values: list[int], show) -> str:  # type: ignore[no-untyped-def]
+def _range(values: list[int], show: Callable[[int], str]) -> str:
     low, high = min(values), max(values)
     return show(low) if low == high else f"{show(low)} to {show(high)}"
 
@@ -72,11 +76,11 @@ def _flops(number: int) -> str:
     return f"{number / 1e9:,.3f} GFLOP" if number < 1e12 else f"{number / 1e12:,.3f} TFLOP"
 
 
-def _print_saving(plan, cost, stack: str, at: str) -> None:  # type: ignore[no-untyped-def]
+def _print_saving(plan: Plan, cost: Cost, stack: str, at: str) -> None:
     skipped = sum(map(len, plan.phases[0].skip.values()))
     console.print(
-        f"skipping {skipped} of {plan.model.stacks[stack]} blocks of {stack} saves {cost.saved_block_flops:.2%} of block "
-        f"FLOPs (the papers' count), {cost.saved_head_flops:.2%} with the head, {cost.saved_all_in_flops:.2%} all-in with "
-        f"attention at {at}; {cost.weight_bytes / 2**30:.2f} GiB of weights are left",
+        f"skipping {skipped} of {plan.model.stacks[stack]} blocks of {stack} saves {cost.saved_block_flops:.2%} of "
+        f"block FLOPs (the papers' count), {cost.saved_head_flops:.2%} with the head, "
+        f"{cost.saved_all_in_flops:.2%} all-in with attention at {at}; {cost.weight_bytes / 2**30:.2f} GiB of weights are left",
         highlight=False,
     )

@@ -24,13 +24,18 @@ def list_models() -> None:
     """Print the embedded models."""
     for name in embedded_names():
         recipe = RECIPES[name]
-        console.print(f"{name}: {recipe.objective.replace('_', ' ')}, {recipe.blocks} blocks, width {recipe.width}", highlight=False)
+        console.print(
+            f"{name}: {recipe.objective.replace('_', ' ')}, {recipe.blocks} blocks, width {recipe.width}",
+            highlight=False,
+        )
 
 
 @app.command("train")
 def train_model(
     name: Annotated[str, typer.Argument(help="Which recipe, such as tiny-dllm.")],
-    output: Annotated[Path, typer.Option("--output", "-o", help="Folder for checkpoint, log and model.")] = Path("runs/zoo"),
+    output: Annotated[Path, typer.Option("--output", "-o", help="Folder for checkpoint, log and model.")] = Path(
+        "runs/zoo"
+    ),
     seed: Annotated[int, typer.Option(help="Of initialisation, data and noise; the shipped models have 0.")] = 0,
     threads: Annotated[int, typer.Option(help="CPU threads; the shipped models were trained with 1.", min=1)] = 1,
     compile_blocks: Annotated[bool, typer.Option("--compile/--no-compile", help="torch.compile every block.")] = True,

@@ -38,8 +38,8 @@ def evaluate(
     """Scores of the model under each plan, and the retention against the whole model, paired on the same examples.
 
     tasks: names, see `task_names()`; the model's own when left out. plans: None is the whole model, which is evaluated
-    first whether it is listed or not. examples: prompts a task (500), or windows of a text (8). seed: of the examples, their
-    masks, and the bootstrap. on_progress(done, total) counts plans x tasks.
+    first whether it is listed or not. examples: prompts a task (500), or windows of a text (8). seed: of the examples,
+    their masks, and the bootstrap. on_progress(done, total) counts plans x tasks.
     Raises UserError for an unknown task or a plan of another model.
     """
     if examples is not None and examples < 1:

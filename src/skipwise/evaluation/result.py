@@ -59,7 +59,7 @@ class Row(_Frozen):
 class Result(_Frozen):
     """All rows for one model, and what is needed to repeat them."""
 
-    format: Literal["skipwise-result/1"] = FORMAT
+    format: Literal["skipwise-result/1"] = "skipwise-result/1"
     name: str
     kind: str
     model: dict[str, Any]
@@ -82,4 +82,6 @@ class Result(_Frozen):
             return cls.model_validate(json.loads(Path(path).read_text(encoding="utf-8")))
         except (OSError, ValueError, ValidationError) as error:
             reason = str(error).splitlines()[0]
-            raise UserError(f"{path} is not a readable {FORMAT} file: {reason}. Make one with `skipwise eval`.") from error
+            raise UserError(
+                f"{path} is not a readable {FORMAT} file: {reason}. Make one with `skipwise eval`."
+            ) from error

@@ -25,8 +25,15 @@ Split = Literal["calibration", "test"]
 class EvaluationTask(Protocol):
     """A task measures a model on the same examples every time it is asked."""
 
-    name: str
-    tokens: int  # length of the sequences that the model sees
+    @property
+    def name(self) -> str:
+        """Name on the command line and in Results."""
+        ...
+
+    @property
+    def tokens(self) -> int:
+        """Length of the sequences that the model sees."""
+        ...
 
     def run(self, model: nn.Module, tokenizer: Any) -> list[Measured]:
         """Scores of every example; the first metric is the one that retention is about."""

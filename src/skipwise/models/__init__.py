@@ -3,6 +3,7 @@
 from typing import Literal
 
 from torch import nn
+from transformers.generation import GenerationMixin
 
 Kind = Literal["masked diffusion", "autoregressive", "encoder", "image or video diffusion"]
 
@@ -13,7 +14,7 @@ def kind_of(model: nn.Module) -> Kind:
         return "masked diffusion"
     if type(model).__name__.endswith(("ForMaskedLM", "BertModel")):
         return "encoder"
-    if hasattr(model, "can_generate") and model.can_generate():
+    if isinstance(model, GenerationMixin):
         return "autoregressive"
     if hasattr(model, "config_name"):  # a diffusers model, without importing diffusers
         return "image or video diffusion"

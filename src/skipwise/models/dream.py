@@ -17,7 +17,15 @@ from skipwise.errors import UserError
 ONLY_SUPPORTED = {"use_sliding_window": False, "hidden_act": "silu", "rope_scaling": None, "use_mrope": False}
 NEEDED = ("hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size", "vocab_size")
 # of the remote code's own bookkeeping; means nothing here
-_IGNORED = ("auto_map", "model_type", "architectures", "rope_theta", "transformers_version", "use_cache", *ONLY_SUPPORTED)
+_IGNORED = (
+    "auto_map",
+    "model_type",
+    "architectures",
+    "rope_theta",
+    "transformers_version",
+    "use_cache",
+    *ONLY_SUPPORTED,
+)
 
 KEY_MAPPING: dict[str, str] = {}  # the names are Qwen2's own
 
@@ -38,7 +46,9 @@ class DreamConfig(Qwen2Config):
         """
         for key, supported in ONLY_SUPPORTED.items():
             if official.get(key, supported) not in (supported, None):
-                raise UserError(f"Dream config has {key}={official[key]!r}; skipwise implements only {key}={supported!r}.")
+                raise UserError(
+                    f"Dream config has {key}={official[key]!r}; skipwise implements only {key}={supported!r}."
+                )
         missing = [key for key in NEEDED if key not in official]
         if missing:
             raise UserError(f"Dream config lacks {', '.join(missing)}; is this an official Dream config.json?")

@@ -5,10 +5,12 @@ bidirectional attention, so this is a thin face of transformers' Llama: a config
 kernels, device placement, sharded loading and maintenance come from transformers.
 """
 
-from typing import Any
+from typing import Any, cast
 
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
+
+from skipwise.errors import UserError
 
 # official config.json key -> LlamaConfig key
 CONFIG_KEYS = {
@@ -87,16 +89,16 @@ class LLaDAConfig(LlamaConfig):
     def from_official(cls, official: dict[str, Any]) -> "LLaDAConfig":
         """Translate the dictionary of an official config.json.
 
-        Raises ValueError naming the key, its value and the supported one for what this module does not implement.
+        Raises UserError naming the key, its value and the supported one for what this module does not implement.
         """
         for key, supported in ONLY_SUPPORTED.items():
             if key in official and official[key] not in (supported, None):
-                raise ValueError(
+                raise UserError(
                     f"LLaDA config has {key}={official[key]!r}; skipwise implements only {key}={supported!r}."
                 )
         missing = [key for key in ("d_model", "n_layers", "n_heads", "mlp_hidden_size") if key not in official]
         if missing:
-            raise ValueError(f"LLaDA config lacks {', '.join(missing)}; is this an official LLaDA config.json?")
+            raise UserError(f"LLaDA config lacks {', '.join(missing)}; is this an official LLaDA config.json?")
         settings = {ours: official[theirs] for theirs, ours in CONFIG_KEYS.items() if theirs in official}
         # the embedding table is `embedding_size` rows tall; it is padded above the tokenizer's vocabulary
         settings["vocab_size"] = official.get("embedding_size") or official["vocab_size"]
@@ -108,7 +110,7 @@ class LLaDAConfig(LlamaConfig):
         official = {theirs: getattr(self, ours) for theirs, ours in CONFIG_KEYS.items()}
         official |= {key: value for key, value in ONLY_SUPPORTED.items() if value is not None}
         official |= {"vocab_size": self.vocab_size, "embedding_size": self.vocab_size}
-        official |= {"rope_theta": self.rope_parameters["rope_theta"]}
+        official |= {"rope_theta": cast(dict, self.rope_parameters)["rope_theta"]}
         return {"model_type": "llada", "architectures": ["LLaDAModelLM"], **official}
 
 

@@ -6,7 +6,7 @@ level sigma. The published OpenWebText model is not told the noise level, so tha
 """
 
 import math
-from typing import Any
+from typing import Any, ClassVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -26,7 +26,11 @@ class MDLMConfig(PreTrainedConfig):
     """The official config's own keys. The mask token is the last of the vocabulary."""
 
     model_type = "mdlm"
-    attribute_map = {"hidden_size": "hidden_dim", "num_hidden_layers": "n_blocks", "num_attention_heads": "n_heads"}
+    attribute_map: ClassVar[dict[str, str]] = {
+        "hidden_size": "hidden_dim",
+        "num_hidden_layers": "n_blocks",
+        "num_attention_heads": "n_heads",
+    }
     model_length: int = 1024
     vocab_size: int = 50258
     hidden_dim: int = 768
@@ -45,7 +49,9 @@ class MDLMConfig(PreTrainedConfig):
     @classmethod
     def from_official(cls, official: dict[str, Any]) -> "MDLMConfig":
         """Translate the dictionary of an official config.json. Raises UserError when it lacks a size."""
-        missing = [key for key in ("vocab_size", "hidden_dim", "cond_dim", "n_blocks", "n_heads") if key not in official]
+        missing = [
+            key for key in ("vocab_size", "hidden_dim", "cond_dim", "n_blocks", "n_heads") if key not in official
+        ]
         if missing:
             raise UserError(f"MDLM config lacks {', '.join(missing)}; is this an official MDLM config.json?")
         return cls(architectures=["MDLM"], **{key: official[key] for key in _KEYS if key in official})
@@ -82,7 +88,7 @@ class _SigmaEmbedding(nn.Module):
         half = FREQUENCIES // 2
         rates = torch.exp(-math.log(10000.0) * torch.arange(half, device=sigma.device, dtype=torch.float32) / half)
         angles = sigma.float()[:, None] * rates
-        return self.mlp(torch.cat([angles.cos(), angles.sin()], dim=-1).to(self.mlp[0].weight.dtype))
+        return self.mlp(torch.cat([angles.cos(), angles.sin()], dim=-1).to(cast(nn.Linear, self.mlp[0]).weight.dtype))
 
 
 def _modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
@@ -155,7 +161,7 @@ class MDLM(PreTrainedModel):
     base_model_prefix = ""
     main_input_name = "input_ids"
     is_masked_diffusion = True
-    _no_split_modules = ["MDLMBlock"]
+    _no_split_modules = {"MDLMBlock"}  # noqa: RUF012 (transformers' own way)
 
     def __init__(self, config: MDLMConfig):
         super().__init__(config)

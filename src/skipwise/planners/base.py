@@ -64,7 +64,9 @@ def make_plan(
     _check_settings(method, settings)
     length = analysis.model.stacks[stack]
     if (skip is None) == (budget is None):
-        raise UserError("Give either skip (a number of blocks) or budget (a fraction of the FLOPs), not both or neither.")
+        raise UserError(
+            "Give either skip (a number of blocks) or budget (a fraction of the FLOPs), not both or neither."
+        )
     if skip is not None and not 0 <= skip <= length:
         raise UserError(f"Cannot skip {skip} blocks: {stack} has {length}. Choose 0 to {length}.")
     if budget is not None and not 0 <= budget < 1:
@@ -72,7 +74,9 @@ def make_plan(
     choice = _planners[method](analysis, stack, **settings)
     numbers = choice.order[:skip] if skip is not None else within_budget(analysis, stack, choice, budget or 0.0)
     if skip is not None and len(numbers) < skip:
-        raise UserError(f"{method} with {settings} can give up at most {len(choice.order)} of {length} blocks, not {skip}.")
+        raise UserError(
+            f"{method} with {settings} can give up at most {len(choice.order)} of {length} blocks, not {skip}."
+        )
     asked = {"skip": skip} if skip is not None else {"budget": budget}
     made_by = Provenance(
         method=method,
@@ -85,11 +89,10 @@ def make_plan(
 
 
 def _stack(analysis: Analysis, stack: str | None) -> str:
-    analysed = sorted({key.rpartition("/")[0] for key in analysis.tensors})
     if stack is None:
-        return max(analysed, key=lambda name: analysis.model.stacks[name])
-    if stack not in analysed:
-        raise unknown("stack", stack, analysed)
+        return analysis.main_stack
+    if stack not in analysis.stacks:
+        raise unknown("stack", stack, analysis.stacks)
     return stack
 
 

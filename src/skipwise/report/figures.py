@@ -50,7 +50,9 @@ def similarity_map(similarity: Tensor) -> str:
 def grid_map(values: Tensor, rows: Tensor, row_label: str, label: str) -> str:
     """(rows, blocks) statistics by denoising progress or noise level -> heat map."""
     figure, axes = _figure(5.4, 3.2)
-    image = axes.imshow(values.numpy(), cmap="magma", aspect="auto", origin="lower", interpolation="nearest")
+    # update norms span decades: the first blocks are many times larger than the rest
+    norm = "log" if float(values.min()) > 0 and float(values.max() / values.min()) > 20 else None
+    image = axes.imshow(values.numpy(), cmap="magma", norm=norm, aspect="auto", origin="lower", interpolation="nearest")
     axes.set_xlabel("block")
     axes.set_ylabel(row_label)
     axes.set_yticks(range(len(rows)), [f"{float(row):.2f}" for row in rows])
@@ -63,7 +65,8 @@ def by_depth(update_norm: Tensor, similarity: Tensor) -> str:
     figure, axes = _figure(5.4, 3.2)
     axes.bar(range(len(update_norm)), update_norm.numpy(), color=COLOURS[0], alpha=0.8, label="update norm")
     axes.set_xlabel("block")
-    axes.set_ylabel("|output - input| / |input|", color=COLOURS[0])
+    axes.set_yscale("log")
+    axes.set_ylabel("|output - input| / |input| (log)", color=COLOURS[0])
     other = axes.twinx()
     other.plot(similarity.numpy(), color=COLOURS[1], marker="o", markersize=3, label="cosine")
     other.set_ylabel("cosine of input and output", color=COLOURS[1])
@@ -76,14 +79,15 @@ def models_by_depth(analyses: Sequence[Analysis]) -> str:
     figure = Figure(figsize=(9.2, 3.4), layout="constrained")
     left, right = figure.subplots(1, 2)
     for i, analysis in enumerate(analyses):
-        stack = main_stack(analysis)
+        stack = analysis.main_stack
         cosine, norm = analysis.successive_similarity(stack), analysis.tensors[f"{stack}/update_norm"]
         depth = (np.arange(len(cosine)) + 0.5) / len(cosine)
         style = {"color": COLOURS[i % len(COLOURS)], "marker": "o", "markersize": 3, "label": analysis.name}
         left.plot(depth, cosine.numpy(), **style)
         right.plot(depth, norm.numpy(), **style)
     left.set_ylabel("cosine of a block's input and output")
-    right.set_ylabel("relative update norm")
+    right.set_ylabel("relative update norm (log)")
+    right.set_yscale("log")
     for axes in (left, right):
         axes.set_xlabel("relative depth")
         axes.spines[["top", "right"]].set_visible(False)
@@ -93,7 +97,7 @@ def models_by_depth(analyses: Sequence[Analysis]) -> str:
 
 def retention_by_saving(results: Sequence[Result]) -> str:
     """Retention against block FLOPs saved, one line a model and method, with intervals or ranges."""
-    figure, axes = _figure(8.2, 4.2)
+    figure, axes = _figure(9.2, 4.2)
     for i, result in enumerate(results):
         for j, method in enumerate(methods(result)):
             found = of_method(result, method).values()
@@ -116,11 +120,5 @@ def retention_by_saving(results: Sequence[Result]) -> str:
     axes.set_xlabel("block FLOPs saved (%)")
     axes.set_ylabel("retention (% of the whole model's score)")
     axes.set_ylim(bottom=0)
-    axes.legend(frameon=False, fontsize=9)
+    axes.legend(frameon=False, fontsize=9, loc="center left", bbox_to_anchor=(1.01, 0.5))
     return _uri(figure, "svg")
-
-
-def main_stack(analysis: Analysis) -> str:
-    """The analysed stack with the most blocks."""
-    analysed = {key.rpartition("/")[0] for key in analysis.tensors}
-    return max(sorted(analysed), key=lambda name: analysis.model.stacks[name])

@@ -48,7 +48,7 @@ def render(results: Sequence[Result], analyses: Sequence[Analysis]) -> str:
         comparison=_comparison(results, analyses),
         models=[(a.name, a.kind, _pictures(a)) for a in analyses],
         tables=[_table(result) for result in results],
-        provenance=[_provenance(item) for item in (*results, *analyses)],
+        provenance=[*map(_provenance, results), *map(_provenance, analyses)],
     )
 
 
@@ -59,9 +59,9 @@ def _comparison(results: Sequence[Result], analyses: Sequence[Analysis]) -> list
             Picture(
                 figures.retention_by_saving(results),
                 "Lines of retention falling as more block FLOPs are saved, one a model and method",
-                "Retention (score under the plan / score without, mean over tasks, same examples) against the fraction of "
-                "block FLOPs saved. Error bars: 95% bootstrap interval for a single plan, lowest and highest plan for "
-                "random ones. Dotted: 90%.",
+                "Retention (score under the plan / score without, mean over tasks, same examples) against the fraction "
+                "of block FLOPs saved. Error bars: 95% bootstrap interval for a single plan, lowest and highest for "
+                "random plans. Dotted: 90%.",
             )
         )
     if analyses:
@@ -69,15 +69,15 @@ def _comparison(results: Sequence[Result], analyses: Sequence[Analysis]) -> list
             Picture(
                 figures.models_by_depth(analyses),
                 "Successive cosine and relative update norm over relative depth, one line a model",
-                "What each block does to the stream: cosine of its input and output (near 1: direction unchanged) and size "
-                "of its update relative to its input, by relative depth.",
+                "What each block does to the stream: cosine of its input and output (near 1: direction unchanged) and "
+                "size of its update relative to its input, by relative depth.",
             )
         )
     return pictures
 
 
 def _pictures(analysis: Analysis) -> list[Picture]:
-    stack, name = figures.main_stack(analysis), analysis.name
+    stack, name = analysis.main_stack, analysis.name
     similarity, norms = analysis.tensors[f"{stack}/similarity"], analysis.tensors[f"{stack}/update_norm"]
     pictures = [
         Picture(
@@ -92,13 +92,18 @@ def _pictures(analysis: Analysis) -> list[Picture]:
             "Bars: relative size of each block's update. Line: cosine of its input and output.",
         ),
     ]
-    for axis, label, prefix in (("progress", "progress (0 = all noise)", "step"), ("noise_levels", "fraction masked", "noise")):
+    for axis, label, prefix in (
+        ("progress", "progress (0 = all noise)", "step"),
+        ("noise_levels", "fraction masked", "noise"),
+    ):
         for statistic, what in (("update_norm", "relative update norm"), ("similarity", "cosine of input and output")):
             values, rows = analysis.get(stack, f"{prefix}_{statistic}"), analysis.get(stack, axis)
             if values is not None and rows is not None:
                 data = "along its own trajectories" if prefix == "step" else "on noised texts"
                 caption = f"{what[0].upper()}{what[1:]} of each block by {label}, {data}."
-                pictures.append(Picture(figures.grid_map(values, rows, label, what), f"Heat map for {name}: {caption}", caption))
+                pictures.append(
+                    Picture(figures.grid_map(values, rows, label, what), f"Heat map for {name}: {caption}", caption)
+                )
     return pictures
 
 
@@ -111,20 +116,28 @@ def _table(result: Result) -> dict[str, Any]:
                 "plan": row.plan.describe() if row.plan else "whole model",
                 "method": row.method,
                 "k": row.k,
-                "saved": [percent(row.saved_block_flops, 2), percent(row.saved_all_in_flops, 2)] if row.plan else ["-", "-"],
+                "saved": [percent(row.saved_block_flops, 2), percent(row.saved_all_in_flops, 2)]
+                if row.plan
+                else ["-", "-"],
                 "seconds": f"{row.seconds:.2f}",
                 "scores": [scores_of([row], label) for label in labels],
                 "retention": spread(row.mean_retention),
             }
         )
-    metrics = {label: score.metric for label, score in whole_row(result).scores.items()}
+    metrics: dict[str, Any] = {label: score.metric for label, score in whole_row(result).scores.items()}
     return {"name": result.name, "labels": labels, "metrics": metrics, "rows": rows}
 
 
 def _provenance(item: Result | Analysis) -> dict[str, Any]:
     versions = ", ".join(f"{name} {version}" for name, version in item.versions.items())
     if isinstance(item, Analysis):
-        facts = {"settings": item.settings, "calibration": item.calibration}
-        return {"what": f"Analysis of {item.name}", "facts": facts | {"versions": versions}}
-    facts = {"date": item.date, "device": item.device, "dtype": item.dtype, "seeds": item.seeds, "settings": item.settings}
+        known = {"settings": item.settings, "calibration": item.calibration, "versions": versions}
+        return {"what": f"Analysis of {item.name}", "facts": known}
+    facts: dict[str, Any] = {
+        "date": item.date,
+        "device": item.device,
+        "dtype": item.dtype,
+        "seeds": item.seeds,
+        "settings": item.settings,
+    }
     return {"what": f"Result of {item.name}", "facts": facts | {"model": item.model, "versions": versions}}

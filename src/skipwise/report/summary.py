@@ -1,7 +1,6 @@
 """What the numbers say, in plain words. Each rule is a small pure function; none of them flatters."""
 
 from collections.abc import Sequence
-from statistics import fmean
 
 from torch import Tensor
 
@@ -32,35 +31,35 @@ def kept(result: Result, method: str) -> str:
     return f"Retention with k blocks skipped by {method} ({how}): " + "; ".join(parts) + "."
 
 
-def verdict(a: Point, control: Point) -> str:
-    """Whether one plan is better than the control plans of the same k: only where their intervals separate."""
-    mine, other = _certain(a), _certain(control)
-    if mine.low > other.high:
+def verdict(plan: Interval, control: Interval) -> str:
+    """Whether a retention is better than another: only where their intervals separate."""
+    if plan.low > control.high:
         return "better"
-    return "worse" if mine.high < other.low else "no different"
-
-
-def _certain(point: Point) -> Interval:
-    """From the lowest to the highest bound of any of the point's plans: error of measurement and choice of plan."""
-    bounds = [row.mean_retention for row in point.rows if row.mean_retention]
-    value = fmean(interval.value for interval in bounds)
-    return Interval(value=value, low=min(i.low for i in bounds), high=max(i.high for i in bounds))
+    return "worse" if plan.high < control.low else "no different"
 
 
 def against_random(result: Result, method: str) -> str:
-    """Whether a method beats the random control, k by k."""
+    """Whether a method beats the random plans of the same k: where it does so against more than half of them."""
     mine, control = of_method(result, method), of_method(result, "random")
-    shared = [k for k in mine if k in control]
-    if not shared:
+    counts = {k: _verdicts(mine[k], control[k]) for k in mine if k in control}
+    if not counts:
         return f"There is no random control for {method}, so nothing can be said of whether it chooses well."
-    verdicts = {k: verdict(mine[k], control[k]) for k in shared}
-    by = {word: [k for k in shared if verdicts[k] == word] for word in ("better", "worse", "no different")}
-    if len(by["no different"]) == len(shared):
-        return f"Choosing by {method} is no better than random, within the error, at any k tried."
-    parts = [f"{word} than random at k = {_listed(ks)}" for word, ks in by.items() if ks and word != "no different"]
-    if by["no different"]:
-        parts.append(f"no different from random, within the error, at k = {_listed(by['no different'])}")
-    return f"Choosing by {method} is " + ", ".join(parts) + "."
+    shown = [f"k = {k}: {c.count('better')} of {len(c)} beaten, {c.count('worse')} better" for k, c in counts.items()]
+    detail = f" (random plans with an interval apart from that of {method}: {'; '.join(shown)})."
+    better = [k for k, c in counts.items() if c.count("better") * 2 > len(c)]
+    worse = [k for k, c in counts.items() if c.count("worse") * 2 > len(c)]
+    if not better and not worse:
+        return f"Choosing by {method} is no better than random at any k tried{detail}"
+    level = [k for k in counts if k not in better and k not in worse]
+    said = (("better than", better), ("worse than", worse), ("no different from", level))
+    parts = [f"{word} most random plans at k = {_listed(ks)}" for word, ks in said if ks]
+    return f"Choosing by {method} is {', '.join(parts)}{detail}"
+
+
+def _verdicts(plan: Point, control: Point) -> list[str]:
+    """The verdict of a method's plan against each random plan of the same k."""
+    mine = plan.retention
+    return [verdict(mine, row.mean_retention) for row in control.rows if mine and row.mean_retention]
 
 
 def _listed(ks: Sequence[int]) -> str:
@@ -76,38 +75,40 @@ def largest_saving(result: Result) -> str:
         return "None of the plans tried keeps 90% of the score with certainty (lower end of the interval)."
     best = max(safe, key=lambda row: row.saved_block_flops)
     return (
-        f"The largest saving that keeps 90% of the score (lower end of the interval) is {percent(best.saved_block_flops)} "
-        f"of block FLOPs, {percent(best.saved_all_in_flops)} all-in: {best.method}, k = {best.k}, "
-        f"retention {spread(best.mean_retention)}."
+        f"The largest saving that keeps 90% of the score (lower end of the interval) is "
+        f"{percent(best.saved_block_flops)} of block FLOPs, {percent(best.saved_all_in_flops)} all-in: "
+        f"{best.method}, k = {best.k}, retention {spread(best.mean_retention)}."
     )
 
 
 def redundancy(analysis: Analysis) -> str:
     """Where the redundant blocks are, and whether they form the early plateau that the paper reports for dLLMs."""
-    stack = max(analysis.model.stacks, key=lambda name: (f"{name}/similarity" in analysis.tensors, analysis.model.stacks[name]))
-    similarity = analysis.successive_similarity(stack)
+    similarity = analysis.successive_similarity(analysis.main_stack)
     redundant = [i for i, value in enumerate(similarity.tolist()) if value >= REDUNDANT]
-    text = f"In {analysis.name}, {len(redundant)} of {len(similarity)} blocks leave the stream's direction nearly as it was "
-    text += f"(cosine >= {REDUNDANT}); the mean cosine is {float(similarity.mean()):.3f}"
+    text = (
+        f"In {analysis.name}, {len(redundant)} of {len(similarity)} blocks leave the stream's direction nearly as it "
+    )
+    text += f"was (cosine >= {REDUNDANT}); the mean cosine is {float(similarity.mean()):.3f}"
     if not redundant:
         return text + "."
     return text + f", and {_plateau(similarity)}."
 
 
 def _plateau(similarity: Tensor) -> str:
+    named = zip(_shares(similarity), ("first", "middle", "last"), strict=True)
+    return f"they are {', '.join(f'{percent(share, 0)} of the {which}' for share, which in named)} third of the depth"
+
+
+def _shares(similarity: Tensor) -> list[float]:
+    """The share of redundant blocks in each third of the depth."""
     n = len(similarity)
-    thirds = [similarity[: n // 3], similarity[n // 3 : n - n // 3], similarity[n - n // 3 :]]
-    shares = [float((third >= REDUNDANT).float().mean()) for third in thirds]
-    words = ", ".join(f"{percent(share, 0)} of the {which}" for share, which in zip(shares, ("first", "middle", "last"), strict=True))
-    return f"they are {words} third of the depth"
+    thirds = (similarity[: n // 3], similarity[n // 3 : n - n // 3], similarity[n - n // 3 :])
+    return [float((third >= REDUNDANT).float().mean()) for third in thirds]
 
 
 def early_plateau(analysis: Analysis) -> bool:
     """Whether more than half of the first third of the blocks are redundant, and no later third has a larger share."""
-    stack = max(analysis.model.stacks, key=lambda name: analysis.model.stacks[name])
-    similarity = analysis.successive_similarity(stack) >= REDUNDANT
-    n = len(similarity)
-    shares = [float(part.float().mean()) for part in (similarity[: n // 3], similarity[n // 3 : n - n // 3], similarity[n - n // 3 :])]
+    shares = _shares(analysis.successive_similarity(analysis.main_stack))
     return shares[0] > 0.5 and shares[0] >= max(shares)
 
 
@@ -118,8 +119,8 @@ def papers_finding(analyses: Sequence[Analysis]) -> str | None:
     if not diffusion or not autoregressive:
         return None
     shows = all(map(early_plateau, diffusion)) and not any(map(early_plateau, autoregressive))
-    text = "The paper's finding, an early plateau of redundant blocks in native diffusion models and none in autoregressive ones, "
-    return text + ("shows in these models." if shows else "does not show in these models.")
+    text = "The paper's finding, an early plateau of redundant blocks in native diffusion models and none in "
+    return text + "autoregressive ones, " + ("shows in these models." if shows else "does not show in these models.")
 
 
 CAVEAT = (

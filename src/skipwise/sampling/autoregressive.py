@@ -1,14 +1,14 @@
-"""Autoregressive decoding: a thin call of transformers' `generate`, with its KV cache, under whatever plan is applied."""
+"""Autoregressive decoding: a thin call of transformers' `generate` and its KV cache, under the applied plan."""
 
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 
 @torch.no_grad()
 def decode_autoregressive(
-    model: nn.Module,
+    model: Any,
     input_ids: Tensor,
     attention_mask: Tensor | None,
     gen_length: int,

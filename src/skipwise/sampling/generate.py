@@ -72,17 +72,19 @@ def generate(
     if not hasattr(model, "generate"):
         raise UserError(f"{type(model).__name__} cannot generate text: it is neither autoregressive nor diffusion.")
     if plan and not plan.is_static:
-        raise UserError("A plan with several phases needs denoising steps; an autoregressive model takes a static plan.")
+        raise UserError(
+            "A plan with several phases needs denoising steps; an autoregressive model takes a static plan."
+        )
     prices = price_blocks(model, Size(tokens=input_ids.shape[1] + gen_length))
     with skip(model, plan) if plan else nullcontext():
         began = time.perf_counter()
-        sequences = decode_autoregressive(
-            model, input_ids, attention_mask, gen_length, temperature, seed, stop_at_eos
-        )
+        sequences = decode_autoregressive(model, input_ids, attention_mask, gen_length, temperature, seed, stop_at_eos)
         seconds = time.perf_counter() - began
         skipped = skipped_now(model)
     new = sequences.shape[1] - input_ids.shape[1]
-    return Generated(sequences, _cached_statistics(prices, skipped, *input_ids.shape, new, seconds))
+    return Generated(
+        sequences, _cached_statistics(prices, skipped, input_ids.shape[0], input_ids.shape[1], new, seconds)
+    )
 
 
 def _settings(**given: Any) -> LLaDASettings:

@@ -54,7 +54,9 @@ class LLaDASettings:
             raise UserError(f"gen_length={self.gen_length} is not a multiple of block_length={block_length}.")
         blocks = self.gen_length // block_length
         if steps % blocks:
-            raise UserError(f"steps={steps} is not a multiple of the {blocks} blocks; try steps={blocks * block_length}.")
+            raise UserError(
+                f"steps={steps} is not a multiple of the {blocks} blocks; try steps={blocks * block_length}."
+            )
         if self.temperature < 0:
             raise UserError(f"temperature={self.temperature} is negative; 0 is greedy, 1 is the model's distribution.")
         if self.remasking not in ("low_confidence", "random"):
@@ -108,7 +110,15 @@ def decode(
                 on_step(Step(block * steps + i, blocks * steps, sequences))
             logits = model(input_ids=sequences, attention_mask=attention_mask).logits
             window = slice(0, sequences.shape[1]) if settings.compat else slice(start, end)
-            commit(sequences[:, window], logits[:, window], end - window.start, quotas[:, i], mask_token_id, settings, generator)
+            commit(
+                sequences[:, window],
+                logits[:, window],
+                end - window.start,
+                quotas[:, i],
+                mask_token_id,
+                settings,
+                generator,
+            )
     return sequences
 
 
@@ -121,7 +131,7 @@ def commit(
     settings: LLaDASettings,
     generator: torch.Generator,
 ) -> None:
-    """Fill, in place, the `quota` (batch,) most confident masked positions before `end` of `sequences` (batch, length)."""
+    """Fill, in place, the `quota` (batch,) most confident masked positions before `end`; sequences (batch, length)."""
     masked = sequences == mask_token_id
     if not settings.compat:
         logits = logits.float()

@@ -12,7 +12,7 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import torch
 from safetensors.torch import save
@@ -120,7 +120,7 @@ def masked_diffusion_loss(model: nn.Module, batch: Batch, generator: torch.Gener
     # the k answer positions that draw the smallest numbers are masked
     draws = torch.rand(batch.tokens.shape, generator=generator).where(batch.answer, 2.0)
     masked = draws.argsort(1).argsort(1) < k[:, None]
-    noised = batch.tokens.where(~masked, model.config.mask_token_id)
+    noised = batch.tokens.where(~masked, cast(LLaDAConfig, model.config).mask_token_id or 0)
     logits = model(input_ids=noised, attention_mask=batch.attention).logits
     losses = F.cross_entropy(logits.flatten(0, 1), batch.tokens.flatten(), reduction="none").view_as(masked)
     return (losses * masked / k[:, None]).sum() / len(k)
@@ -174,7 +174,7 @@ def train(
     evaluate: Callable[[nn.Module], dict[str, float]] | None = None,
     every: int = 100,
     recipe: Recipe | None = None,
-) -> nn.Module:
+) -> LLaDAModelLM | LlamaForCausalLM:
     """Train the zoo model `name`, logging to `output`/train.jsonl; a killed run goes on from `output`/state.pt."""
     recipe = recipe or RECIPES[name]
     model = build_model(recipe, seed)
@@ -189,14 +189,18 @@ def train(
             layer.compile()
     with open(output / "train.jsonl", "a", encoding="utf-8") as log:
         if first == 0:
-            log.write(json.dumps({"name": name, "seed": seed, "recipe": asdict(recipe), "torch": torch.__version__}) + "\n")
+            log.write(
+                json.dumps({"name": name, "seed": seed, "recipe": asdict(recipe), "torch": torch.__version__}) + "\n"
+            )
         total, steps, began = 0.0, 0, time.monotonic()
         for step in range(first, recipe.steps):
             loss = LOSSES[recipe.objective](model, next(stream), generator)
             total, steps = total + _update(model, loss, optimizers, base, schedule(recipe, step)), steps + 1
             if (step + 1) % every == 0 or step + 1 == recipe.steps:
                 seconds = elapsed + time.monotonic() - began
-                progress = Progress(step + 1, (step + 1) * recipe.batch_size, round(total / steps, 5), round(seconds, 1))
+                progress = Progress(
+                    step + 1, (step + 1) * recipe.batch_size, round(total / steps, 5), round(seconds, 1)
+                )
                 log.write(json.dumps(asdict(progress) | _accuracies(model, evaluate)) + "\n")
                 log.flush()
                 save_state(output, step + 1, seconds, model, optimizers, generator)
@@ -243,7 +247,12 @@ def save_model(model: LLaDAModelLM | LlamaForCausalLM, name: str, seed: int, fol
 
 
 def save_state(
-    output: Path, step: int, seconds: float, model: nn.Module, optimizers: list[torch.optim.Optimizer], generator: torch.Generator
+    output: Path,
+    step: int,
+    seconds: float,
+    model: nn.Module,
+    optimizers: list[torch.optim.Optimizer],
+    generator: torch.Generator,
 ) -> None:
     """Checkpoint for `resume`; written whole or not at all."""
     state = {
@@ -258,9 +267,13 @@ def save_state(
 
 
 def resume(
-    output: Path, model: nn.Module, optimizers: list[torch.optim.Optimizer], generator: torch.Generator, stream: Iterator[Batch]
+    output: Path,
+    model: nn.Module,
+    optimizers: list[torch.optim.Optimizer],
+    generator: torch.Generator,
+    stream: Iterator[Batch],
 ) -> tuple[int, float]:
-    """(step to go on from, seconds spent so far); fast-forwards the data stream, so a resumed run sees what a whole one does."""
+    """(step to go on from, seconds spent so far). The data stream is wound forward to where the run had been."""
     if not (output / "state.pt").exists():
         return 0, 0.0
     state = torch.load(output / "state.pt", weights_only=True)
