@@ -81,6 +81,7 @@ def _print_saving(plan: Plan, cost: Cost, stack: str, at: str) -> None:
     console.print(
         f"skipping {skipped} of {plan.model.stacks[stack]} blocks of {stack} saves {cost.saved_block_flops:.2%} of "
         f"block FLOPs (the papers' count), {cost.saved_head_flops:.2%} with the head, "
-        f"{cost.saved_all_in_flops:.2%} all-in with attention at {at}; {cost.weight_bytes / 2**30:.2f} GiB of weights are left",
+        f"{cost.saved_all_in_flops:.2%} all-in with attention at {at}; "
+        f"{cost.weight_bytes / 2**30:.2f} GiB of weights are left",
         highlight=False,
     )

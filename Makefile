@@ -1,0 +1,47 @@
+# Every target does its own set-up, on a fresh machine too. Another interpreter: make PYTHON=python3.12 test
+PYTHON ?= python3
+BIN := .venv/bin
+PIP := $(BIN)/python -m pip install -q -c constraints.txt
+
+.DEFAULT_GOAL := help
+.PHONY: help demo test test-slow lint smollm2 clean
+.NOTPARALLEL:  # two pips must not write to one environment
+
+help:  ## Show the targets
+	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / {printf "make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+demo: .venv/.installed-core  ## Analyse, plan, skip and report on the two embedded models
+	$(BIN)/skipwise demo
+	@echo "The report is $(CURDIR)/runs/demo/report.html"
+
+test: .venv/.installed-dev  ## The quick tests
+	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -m "not slow"
+
+test-slow: .venv/.installed-dev  ## The tests that take minutes
+	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -m slow
+
+lint: .venv/.installed-dev  ## ruff and mypy
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+smollm2: .venv/.installed-gguf  ## Fetch SmolLM2-135M once (93 MB) and convert it
+	$(BIN)/python -m skipwise.zoo.smollm2
+
+clean:  ## Remove builds, caches and the demo's output; .venv and other runs stay
+	rm -rf build dist runs/demo .pytest_cache .mypy_cache .ruff_cache
+	find src tests -name __pycache__ -type d -prune -exec rm -rf {} +
+
+# torch goes first and alone, so that a CPU build is taken where pip is configured to offer one.
+.venv/.installed-torch: constraints.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	$(PIP) torch==2.13.0
+	@touch $@
+
+.venv/.installed-core: .venv/.installed-torch pyproject.toml constraints.txt
+	$(PIP) -e .
+	@touch $@
+
+.venv/.installed-%: .venv/.installed-torch pyproject.toml constraints.txt
+	$(PIP) -e '.[$*]'
+	@touch $@
