@@ -58,16 +58,18 @@ class StateReader:
 
     def __init__(self, model: nn.Module, stack: Stack):
         self._blocks = list(module_list(model, stack.name))
-        self._stream = stack.streams[0]
+        self._signature = inspect.signature(type(self._blocks[0]).forward)
+        # of several streams the one that a block takes first: the image's, which the last block returns too
+        order = list(self._signature.parameters)
+        self._stream = min(stack.streams, key=lambda stream: order.index(stream.argument))
         self._states: list[Tensor] = []
 
     @contextmanager
     def reading(self) -> Iterator["StateReader"]:
         """Attach to the model for a while; every forward inside replaces the states of the one before."""
-        signature = inspect.signature(type(self._blocks[0]).forward)
 
         def first(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
-            self._states = [bind(signature, module, args, kwargs)[self._stream.argument]]
+            self._states = [bind(self._signature, module, args, kwargs)[self._stream.argument]]
 
         def each(module: nn.Module, args: tuple, result: Any) -> None:
             self._states.append(result if self._stream.output is None else result[self._stream.output])

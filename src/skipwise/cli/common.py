@@ -1,6 +1,7 @@
 """What subcommands share: the console, progress bars, quiet libraries."""
 
 import json
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -12,7 +13,8 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from skipwise.errors import UserError
 
-console = Console()
+# a file or a pipe has no width of its own; rich would take 80 columns and cut
+console = Console(width=None if sys.stdout.isatty() else 110)
 
 ModelName = Annotated[
     str, typer.Argument(help="An embedded name (tiny-dllm), a folder, a hub id (org/name) or a .gguf file.")
