@@ -1,5 +1,6 @@
 """Planners: one row each. What all must do, then what each is for."""
 
+from itertools import pairwise
 from typing import Any
 
 import pytest
@@ -46,9 +47,7 @@ def test_every_planner_has_a_row() -> None:
 def test_what_all_planners_do(method: str, settings: dict[str, Any]) -> None:
     plans = [sw.make_plan(analysis(), method, skip=k, **settings) for k in range(5)]
     assert [len(blocks(plan)) for plan in plans] == [0, 1, 2, 3, 4]
-    assert all(set(blocks(a)) < set(blocks(b)) for a, b in zip(plans, plans[1:], strict=False)), (
-        "larger plans contain smaller"
-    )
+    assert all(set(blocks(a)) < set(blocks(b)) for a, b in pairwise(plans)), "larger plans contain smaller"
     assert plans[3] == sw.make_plan(analysis(), method, skip=3, **settings), "the same settings give the same plan"
     made_by = plans[3].made_by
     assert (made_by.method, made_by.settings) == (method, {"skip": 3} | settings)

@@ -27,15 +27,20 @@ Device = Annotated[str | None, typer.Option(help="Such as cpu or cuda.")]
 def progress_bar() -> Iterator[Callable[[str, int, int], None]]:
     """A function (what, done, total) that draws one bar for each thing that is going on."""
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    bars = Progress(*columns, console=Console(stderr=True), transient=True)
     tasks: dict[str, Any] = {}
-    with Progress(*columns, console=Console(stderr=True), transient=True) as bars:
 
-        def tell(what: str, done: int, total: int) -> None:
-            if what not in tasks:
-                tasks[what] = bars.add_task(what, total=total)
-            bars.update(tasks[what], completed=done, total=total)
+    def tell(what: str, done: int, total: int) -> None:
+        bars.start()  # not before there is something to show: an error that comes first is one line
+        if what not in tasks:
+            tasks[what] = bars.add_task(what, total=total)
+        bars.update(tasks[what], completed=done, total=total)
 
+    try:
         yield tell
+    finally:
+        if tasks:
+            bars.stop()
 
 
 def read_lines(path: Path) -> list[str]:

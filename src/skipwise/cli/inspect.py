@@ -4,6 +4,7 @@ from collections.abc import Callable
 from typing import Annotated
 
 import typer
+from rich import box
 from rich.table import Table
 from torch import nn
 
@@ -33,12 +34,13 @@ def command(
     prices = price_blocks(skeleton, Size(tokens=tokens, image=image, text=text))
     language = hasattr(skeleton.config, "vocab_size")
     at = f"{tokens:,} tokens" if language else f"a {image} x {image} latent image and {text} text tokens"
-    table = Table(title=f"{contract.architecture} ({model}), one forward at {at}")
-    for column in ("stack", "blocks", "block", "streams", "parameters a block", "FLOPs a block", "of all FLOPs"):
-        table.add_column(column)
+    title = f"{contract.architecture} ({model}), one forward at {at}"
+    table = Table(title=title, box=box.SIMPLE_HEAD, pad_edge=False, title_justify="left")
+    for column in ("stack", "block", "streams", "parameters\na block", "FLOPs\na block", "of all\nFLOPs"):
+        table.add_column(column, overflow="fold")
     for name, stack in contract.stacks.items():
         table.add_row(*_row(stack, prices.blocks[name], prices, _parameters(skeleton, name)))
-    table.add_row("outside of the blocks", "", "", "", "", _flops(prices.outside.flops), _share(prices.outside, prices))
+    table.add_row("outside of the blocks", "", "", "", _flops(prices.outside.flops), _share(prices.outside, prices))
     console.print(table)
     for name, reason in contract.refused.items():
         console.print(f"not planned: {name}: {reason}", highlight=False)
@@ -56,7 +58,8 @@ def _row(stack: Stack, row: tuple[Price, ...], prices: Prices, parameters: list[
     place = " (keeps its place)" if stack.in_place else ""
     share = _share(sum(row, Price()), prices)
     flops = _range([price.flops for price in row], _flops)
-    return [stack.name, str(stack.length), stack.block_class + place, streams, _range(parameters, _count), flops, share]
+    block = f"{stack.length} x {stack.block_class}{place}"
+    return [stack.name, block, streams, _range(parameters, _count), flops, share]
 
 
 def _range(values: list[int], show: Callable[[int], str]) -> str:

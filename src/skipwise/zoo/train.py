@@ -140,6 +140,11 @@ LOSSES: dict[Objective, Callable[[nn.Module, Batch, torch.Generator], Tensor]] =
 }
 
 
+def loss_of(objective: Objective, model: nn.Module, batch: Batch, generator: torch.Generator) -> Tensor:
+    """The training loss of a batch; the generator draws what is masked."""
+    return LOSSES[objective](model, batch, generator)
+
+
 def build_optimizers(model: nn.Module, recipe: Recipe) -> list[torch.optim.Optimizer]:
     """Muon for the blocks' matrices, AdamW for embeddings, head and norms."""
     matrices = [p for name, p in model.named_parameters() if p.ndim == 2 and ".layers." in name]
@@ -174,8 +179,12 @@ def train(
     evaluate: Callable[[nn.Module], dict[str, float]] | None = None,
     every: int = 100,
     recipe: Recipe | None = None,
+    stop_after: int | None = None,
 ) -> LLaDAModelLM | LlamaForCausalLM:
-    """Train the zoo model `name`, logging to `output`/train.jsonl; a killed run goes on from `output`/state.pt."""
+    """Train the zoo model `name`, logging to `output`/train.jsonl; a killed run goes on from `output`/state.pt.
+
+    stop_after: end early, at this step, as if killed after it.
+    """
     recipe = recipe or RECIPES[name]
     model = build_model(recipe, seed)
     optimizers = build_optimizers(model, recipe)
@@ -193,8 +202,8 @@ def train(
                 json.dumps({"name": name, "seed": seed, "recipe": asdict(recipe), "torch": torch.__version__}) + "\n"
             )
         total, steps, began = 0.0, 0, time.monotonic()
-        for step in range(first, recipe.steps):
-            loss = LOSSES[recipe.objective](model, next(stream), generator)
+        for step in range(first, stop_after or recipe.steps):
+            loss = loss_of(recipe.objective, model, next(stream), generator)
             total, steps = total + _update(model, loss, optimizers, base, schedule(recipe, step)), steps + 1
             if (step + 1) % every == 0 or step + 1 == recipe.steps:
                 seconds = elapsed + time.monotonic() - began
