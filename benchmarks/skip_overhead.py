@@ -38,6 +38,7 @@ def chroma() -> nn.Module:
 
     torch.manual_seed(0)
     sizes = {"num_layers": 4, "num_single_layers": 12, "num_attention_heads": 4, "attention_head_dim": 32}
+    sizes |= {"approximator_num_channels": 16, "approximator_hidden_dim": 64, "approximator_layers": 1}
     return ChromaTransformer2DModel(in_channels=16, joint_attention_dim=64, axes_dims_rope=(8, 12, 12), **sizes).eval()
 
 

@@ -5,6 +5,7 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 from torch import nn
 
 import skipwise as sw
@@ -208,6 +209,21 @@ def test_cache_works_under_a_plan(name: str, numbers: list[int], models: dict[st
     with skip(model, static(model, {stack: numbers})):
         assert torch.equal(model.generate(ids, use_cache=True, **settings), expected)
     assert torch.equal(short.generate(ids, use_cache=False, **settings), expected)
+
+
+def test_caches_are_built_for_the_blocks_that_are_left() -> None:
+    """Head widths (DiffusionGemma overrides them by layer number) and windows are those of the kept blocks."""
+    model = ROWS["diffusion_gemma"]()
+    config, kept = model.config.text_config, [0, 2, 3, 5]
+    whole = [(config.per_layer_config[i].head_dim, config.layer_types[i]) for i in range(6)]
+    assert len(set(whole)) == 2
+    with skip(model, static(model, {"model.decoder.layers": [1, 4]})):
+        left = [(config.per_layer_config[i].head_dim, config.layer_types[i]) for i in range(4)]
+        assert left == [whole[i] for i in kept]
+        layers = transformers.DynamicCache(config=config).layers
+        windows = [getattr(layer, "sliding_window", None) for layer in layers]
+        assert windows == [4 if kind == "sliding_attention" else None for _, kind in left]
+    assert [(config.per_layer_config[i].head_dim, config.layer_types[i]) for i in range(6)] == whole
 
 
 @pytest.mark.parametrize("name", ["flux", "chroma", "sd3", "wan"])
