@@ -13,6 +13,7 @@ from transformers import Qwen2Config, Qwen2ForCausalLM
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from skipwise.errors import UserError
+from skipwise.models.official import check_official
 
 ONLY_SUPPORTED = {"use_sliding_window": False, "hidden_act": "silu", "rope_scaling": None, "use_mrope": False}
 NEEDED = ("hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size", "vocab_size")
@@ -44,14 +45,7 @@ class DreamConfig(Qwen2Config):
 
         Raises UserError naming the key, its value and the supported one for what this module does not implement.
         """
-        for key, supported in ONLY_SUPPORTED.items():
-            if official.get(key, supported) not in (supported, None):
-                raise UserError(
-                    f"Dream config has {key}={official[key]!r}; skipwise implements only {key}={supported!r}."
-                )
-        missing = [key for key in NEEDED if key not in official]
-        if missing:
-            raise UserError(f"Dream config lacks {', '.join(missing)}; is this an official Dream config.json?")
+        check_official("Dream", official, NEEDED, ONLY_SUPPORTED)
         settings = {key: value for key, value in official.items() if key not in _IGNORED}
         rope = {"rope_type": "default", "rope_theta": float(official.get("rope_theta", 1e6))}
         return cls(architectures=["DreamModel"], rope_parameters=rope, **settings)

@@ -10,7 +10,7 @@ from typing import Any, cast
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from skipwise.errors import UserError
+from skipwise.models.official import check_official
 
 # official config.json key -> LlamaConfig key
 CONFIG_KEYS = {
@@ -91,14 +91,7 @@ class LLaDAConfig(LlamaConfig):
 
         Raises UserError naming the key, its value and the supported one for what this module does not implement.
         """
-        for key, supported in ONLY_SUPPORTED.items():
-            if key in official and official[key] not in (supported, None):
-                raise UserError(
-                    f"LLaDA config has {key}={official[key]!r}; skipwise implements only {key}={supported!r}."
-                )
-        missing = [key for key in ("d_model", "n_layers", "n_heads", "mlp_hidden_size") if key not in official]
-        if missing:
-            raise UserError(f"LLaDA config lacks {', '.join(missing)}; is this an official LLaDA config.json?")
+        check_official("LLaDA", official, ("d_model", "n_layers", "n_heads", "mlp_hidden_size"), ONLY_SUPPORTED)
         settings = {ours: official[theirs] for theirs, ours in CONFIG_KEYS.items() if theirs in official}
         # the embedding table is `embedding_size` rows tall; it is padded above the tokenizer's vocabulary
         settings["vocab_size"] = official.get("embedding_size") or official["vocab_size"]

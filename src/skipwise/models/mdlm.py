@@ -14,7 +14,7 @@ from torch.nn import functional as F
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.modeling_outputs import MaskedLMOutput
 
-from skipwise.errors import UserError
+from skipwise.models.official import check_official
 
 FREQUENCIES = 256  # of the sinusoidal embedding of sigma
 ROTARY_BASE = 10000.0
@@ -49,11 +49,7 @@ class MDLMConfig(PreTrainedConfig):
     @classmethod
     def from_official(cls, official: dict[str, Any]) -> "MDLMConfig":
         """Translate the dictionary of an official config.json. Raises UserError when it lacks a size."""
-        missing = [
-            key for key in ("vocab_size", "hidden_dim", "cond_dim", "n_blocks", "n_heads") if key not in official
-        ]
-        if missing:
-            raise UserError(f"MDLM config lacks {', '.join(missing)}; is this an official MDLM config.json?")
+        check_official("MDLM", official, ("vocab_size", "hidden_dim", "cond_dim", "n_blocks", "n_heads"))
         return cls(architectures=["MDLM"], **{key: official[key] for key in _KEYS if key in official})
 
 
