@@ -12,7 +12,8 @@ import skipwise as sw
 from skipwise.analysis.states import StateReader, StateStatistics
 from skipwise.blocks import find_contract
 from skipwise.evaluation import calibration_texts
-from skipwise.sampling.llada import LLaDASettings, decode
+from skipwise.sampling import Denoiser, LLaDASettings
+from skipwise.sampling.llada import decode
 from tests.tiny_models import ROWS, example
 
 
@@ -67,7 +68,7 @@ def test_own_trajectory_is_averaged_over_its_steps(dllm: tuple[nn.Module, Any]) 
     analysis = sw.analyze(model, tokenizer, [("a123+456=", "9750")], step_bins=4)
     ids = torch.tensor([tokenizer("a123+456=")["input_ids"]])
     seen: list[Tensor] = []
-    decode(model, ids, tokenizer.mask_token_id, LLaDASettings(4), on_step=lambda s: seen.append(s.sequences.clone()))
+    decode(Denoiser(model, on_step=lambda s: seen.append(s.sequences.clone())), ids, LLaDASettings(gen_length=4))
     states = [plain_states(model, x).flatten(1, 2) for x in seen]
     assert len(states) == 4
     expected = plain_similarity(torch.cat(states, 1))

@@ -107,6 +107,11 @@ MISTAKES = {
     "output of demo": (["demo", "-o", "{tmp}/file/demo"], "Cannot write in"),
     "result": (["report", "{tmp}/garbage.json"], "is not a readable skipwise-result/1 file"),
     "steps": (["generate", "tiny-dllm", "s1=", "--gen-length", "6", "--block-length", "4"], "is not a multiple of"),
+    "guidance of dream": (
+        ["generate", "tiny-dllm", "s1=", "--family", "dream", "--cfg-scale", "1"],
+        "Unknown setting of the dream sampler 'cfg_scale'",
+    ),
+    "nothing to fill": (["generate", "tiny-dllm", "s1=", "--gen-length", "0"], "the prompt holds no mask token"),
     "steps of ar": (["generate", "tiny-ar", "s1=", "--steps", "4"], "is not a masked diffusion model; leave out steps"),
     "recipe": (["zoo", "train", "tiny-dlm"], "Unknown recipe 'tiny-dlm'"),
     "dtype": (["analyze", "tiny-ar", "--dtype", "fp32", "-o", "{tmp}/x"], "Unknown dtype 'fp32'"),
@@ -184,7 +189,7 @@ def test_training_log_is_that_of_the_recipe() -> None:
     for name, recipe in RECIPES.items():
         lines = files("skipwise.zoo").joinpath("weights", name, "train.jsonl").read_text().splitlines()
         head, last = json.loads(lines[0]), json.loads(lines[-1])
-        assert head["recipe"] == json.loads(json.dumps(asdict(recipe)))
+        assert {"parent": None} | head["recipe"] == json.loads(json.dumps(asdict(recipe)))
         assert last["step"] == recipe.steps
         assert all(last[task] >= 0.95 for task in TASKS)
     assert asdict(RECIPES["tiny-dllm"]) | {"objective": 0} == asdict(RECIPES["tiny-ar"]) | {"objective": 0}

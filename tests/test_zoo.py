@@ -10,7 +10,7 @@ from torch.nn import functional as F
 import skipwise as sw
 from skipwise.zoo.tasks import MAX_LENGTH, PROMPT_LENGTH
 from skipwise.zoo.tokenizer import CHARACTERS, build_tokenizer
-from skipwise.zoo.train import RECIPES, batches, build_model, loss_of, save_model, schedule, train
+from skipwise.zoo.train import LOSSES, RECIPES, batches, build_model, save_model, schedule, train
 
 SMALL = {"blocks": 2, "width": 16, "mlp_width": 24, "steps": 6, "batch_size": 20, "warmup": 2}
 
@@ -31,7 +31,7 @@ def test_batches_are_left_padded_tasks(name: str) -> None:
 def test_autoregressive_loss_beside_a_plain_loop() -> None:
     recipe = replace(RECIPES["tiny-ar"], **SMALL)
     model, batch = build_model(recipe, 0), next(batches(recipe, 0))
-    found = loss_of(recipe.objective, model, batch, torch.Generator())
+    found = LOSSES[recipe.objective](model, batch, torch.Generator())
     rows = []
     for tokens, answer, attention in zip(batch.tokens, batch.answer, batch.attention, strict=True):
         ids = tokens[attention.bool()]
@@ -45,7 +45,7 @@ def test_masked_loss_is_the_expectation_over_what_is_masked() -> None:
     recipe = replace(RECIPES["tiny-dllm"], **SMALL)
     model, batch = build_model(recipe, 0), next(batches(recipe, 0))
     torch.nn.init.zeros_(model.lm_head.weight)
-    found = loss_of(recipe.objective, model, batch, torch.Generator().manual_seed(0))
+    found = LOSSES[recipe.objective](model, batch, torch.Generator().manual_seed(0))
     assert float(found) == pytest.approx(float(torch.log(torch.tensor(float(model.config.vocab_size)))), rel=1e-5)
 
 
@@ -73,7 +73,21 @@ def test_saved_models_load(name: str, tmp_path: Path) -> None:
     recipe = replace(RECIPES[name], **SMALL)
     model = build_model(recipe, 0).eval()
     loaded, tokenizer = sw.load(str(save_model(model, name, 0, tmp_path)))
+    assert type(loaded) is type(model)
     ids = torch.tensor([tokenizer("s3141592=")["input_ids"]])
     with torch.no_grad():
         assert torch.equal(loaded(ids).logits, model(ids).logits)
     assert tokenizer("é")["input_ids"] == [tokenizer.unk_token_id]
+
+
+def test_a_child_begins_as_its_parent(tmp_path: Path) -> None:
+    """tiny-ar2dllm's first weights give tiny-ar's logits, one position later, when they look to the left alone."""
+    child = build_model(RECIPES["tiny-ar2dllm"], 0).eval()
+    parent, tokenizer = sw.load("tiny-ar")
+    ids = torch.tensor([tokenizer("s3141592=1123459")["input_ids"]])
+    with torch.no_grad():
+        causal = child.model(ids, is_causal=True).last_hidden_state
+        assert torch.equal(child.lm_head(causal), parent(ids).logits)
+        assert not torch.equal(child(ids).logits[:, 1:], parent(ids).logits[:, :-1]), "but it looks both ways"
+    with pytest.raises(sw.UserError, match=r"tiny-dllm is a LLaDAModelLM; a parent is a zoo model such as tiny-ar"):
+        build_model(RECIPES["tiny-ar2dllm"], 0, parent="tiny-dllm")

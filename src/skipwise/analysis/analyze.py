@@ -16,7 +16,8 @@ from skipwise.cost import price_blocks
 from skipwise.errors import UserError
 from skipwise.examples import Size
 from skipwise.models import kind_of
-from skipwise.sampling.llada import LLaDASettings, Step, decode, mask_token
+from skipwise.sampling.denoiser import Denoiser, Step, mask_token
+from skipwise.sampling.llada import LLaDASettings, decode
 from skipwise.versions import versions
 
 # A text, or a (prompt, answer) pair whose answer a diffusion model generates anew.
@@ -156,7 +157,7 @@ class _Run:
             pending.append(step)
 
         settings = LLaDASettings(gen_length=length, steps=min(length, self.max_steps))
-        decode(self.model, ids, mask_token(self.model), settings, on_step=on_step)
+        decode(Denoiser(self.model, on_step=on_step), ids, settings)
         read()
 
     def _noised(self, group: list[Sample], by_level: list[StateStatistics], noise: torch.Generator) -> None:

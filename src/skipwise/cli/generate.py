@@ -5,29 +5,40 @@ from typing import Annotated, Any
 
 import typer
 
-from skipwise.cli.common import Device, Dtype, ModelName, console
+from skipwise.cli.common import Device, Dtype, ModelName, console, settings_from
 from skipwise.errors import UserError
 from skipwise.loading import load
 from skipwise.plan import Plan
-from skipwise.sampling import generate
+from skipwise.sampling import FAMILIES, generate
 
 
 def command(
     model: ModelName,
     prompts: Annotated[list[str], typer.Argument(help="One or more prompts.")],
     plan: Annotated[Path | None, typer.Option(help="A plan to decode under.")] = None,
-    gen_length: Annotated[int, typer.Option(help="New tokens a prompt.", min=1)] = 128,
+    gen_length: Annotated[int, typer.Option(help="New tokens a prompt; 0 fills the prompt's own masks.", min=0)] = 128,
     steps: Annotated[int | None, typer.Option(help="Denoising steps; one a token by default (diffusion only).")] = None,
     block_length: Annotated[int | None, typer.Option(help="Tokens decoded block by block (diffusion only).")] = None,
     remasking: Annotated[str | None, typer.Option(help="low_confidence or random (diffusion only).")] = None,
-    temperature: Annotated[float, typer.Option(help="0 is greedy.")] = 0.0,
+    threshold: Annotated[
+        float | None, typer.Option(help="Commit all tokens that are this probable (LLaDA's sampler).")
+    ] = None,
+    cfg_scale: Annotated[float | None, typer.Option(help="Classifier-free guidance (LLaDA's sampler).")] = None,
+    temperature: Annotated[float | None, typer.Option(help="0 is greedy.")] = None,
+    family: Annotated[
+        str | None, typer.Option(help=f"Sampler: {', '.join(FAMILIES)}; the model's own by default (diffusion only).")
+    ] = None,
+    setting: Annotated[
+        list[str] | None, typer.Option("--set", help="Any other setting of the sampler, such as alg=entropy.")
+    ] = None,
     seed: Annotated[int, typer.Option(help="Of the sampling noise.")] = 0,
     dtype: Dtype = None,
     device: Device = None,
 ) -> None:
     """Decode text with any language model, under a plan or without, and say what it took.
 
-    Example: skipwise generate tiny-dllm "s3141592=" --gen-length 7 --plan plan.json
+    Examples: skipwise generate tiny-dllm "s3141592=" --gen-length 7 --plan plan.json    |
+    skipwise generate tiny-dllm "r3141592=29<mask>1413" --gen-length 0
     """
     if not all(prompts):
         raise UserError("A prompt is empty; give at least one character, such as 'a123+456='.")
@@ -38,22 +49,30 @@ def command(
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
     inputs = tokenizer(prompts, return_tensors="pt", padding=True).to(network.device)
-    given: dict[str, Any] = {"steps": steps, "block_length": block_length, "remasking": remasking}
+    given: dict[str, Any] = {
+        "steps": steps,
+        "block_length": block_length,
+        "remasking": remasking,
+        "threshold": threshold,
+        "cfg_scale": cfg_scale,
+        "temperature": temperature,
+        "family": family,
+    }
     generated = generate(
         network,
         inputs["input_ids"],
         attention_mask=inputs["attention_mask"],
         plan=Plan.load(plan) if plan else None,
         gen_length=gen_length,
-        temperature=temperature,
         seed=seed,
         **{key: value for key, value in given.items() if value is not None},
+        **settings_from(setting or []),
     )
     start = inputs["input_ids"].shape[1]
     for prompt, sequence in zip(prompts, generated.sequences, strict=True):
-        console.print(
-            prompt + tokenizer.decode(sequence[start:], skip_special_tokens=True), highlight=False, markup=False
-        )
+        infilled = tokenizer.mask_token is not None and tokenizer.mask_token in prompt
+        text = tokenizer.decode(sequence if infilled else sequence[start:], skip_special_tokens=True)
+        console.print(text if infilled else prompt + text, highlight=False, markup=False)
     stats = generated.stats
     console.print(
         f"[dim]{stats.forwards} forwards, {stats.all_in_flops / 1e9:.3f} GFLOP all-in "

@@ -8,7 +8,7 @@ import typer
 from torch import nn
 
 from skipwise.cli.common import console
-from skipwise.errors import unknown
+from skipwise.errors import UserError, unknown
 from skipwise.evaluation.tasks import build_task
 from skipwise.files import check_writable
 from skipwise.loading import embedded_names
@@ -38,6 +38,9 @@ def train_model(
     ),
     seed: Annotated[int, typer.Option(help="Of initialisation, data and noise; the shipped models have 0.")] = 0,
     threads: Annotated[int, typer.Option(help="CPU threads; the shipped models were trained with 1.", min=1)] = 1,
+    parent: Annotated[
+        str | None, typer.Option(help="Autoregressive zoo model to go on from (tiny-ar2dllm; tiny-ar by default).")
+    ] = None,
     compile_blocks: Annotated[bool, typer.Option("--compile/--no-compile", help="torch.compile every block.")] = True,
 ) -> None:
     """Train a zoo model anew (about 25 minutes of one core); a killed run goes on where it was.
@@ -46,6 +49,8 @@ def train_model(
     """
     if name not in RECIPES:
         raise unknown("recipe", name, RECIPES)
+    if parent and not RECIPES[name].parent:
+        raise UserError(f"{name} starts from nothing; leave out --parent {parent}.")
     check_writable(output)
     torch.set_num_threads(threads)
     torch.set_flush_denormal(True)
@@ -55,5 +60,5 @@ def train_model(
         tasks = [build_task(task, "calibration", 128, 0, 128) for task in TASKS]
         return {task.name: task.run(model, tokenizer)[0].value for task in tasks}
 
-    model = train(name, output, seed, compile_blocks, accuracy, every=200)
+    model = train(name, output, seed, compile_blocks, accuracy, every=200, parent=parent)
     console.print(f"trained {name}; written to {save_model(model, name, seed, output)}", highlight=False)

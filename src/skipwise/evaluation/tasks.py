@@ -15,8 +15,9 @@ from skipwise.evaluation.texts import documents
 from skipwise.evaluation.texts import names as text_names
 from skipwise.models import kind_of
 from skipwise.sampling.autoregressive import decode_autoregressive
-from skipwise.sampling.llada import LLaDASettings, decode, mask_token
-from skipwise.zoo.tasks import TASKS, distinct_examples
+from skipwise.sampling.denoiser import Denoiser
+from skipwise.sampling.llada import LLaDASettings, decode
+from skipwise.zoo.tasks import PROMPT_LENGTH, TASKS, distinct_examples
 from skipwise.zoo.tokenizer import CHARACTERS
 
 Split = Literal["calibration", "test"]
@@ -53,7 +54,7 @@ class ExactMatch:
     @property
     def tokens(self) -> int:
         """Length of prompt and answer."""
-        return 9 + TASKS[self.name].answer_length
+        return PROMPT_LENGTH + TASKS[self.name].answer_length
 
     def run(self, model: nn.Module, tokenizer: Any) -> list[Measured]:
         """One metric: exact match."""
@@ -68,7 +69,7 @@ class ExactMatch:
         answers = torch.tensor([tokenizer(answer)["input_ids"] for _, answer in pairs], device=device)
         length = answers.shape[1]
         if kind_of(model) == "masked diffusion":
-            sequences = decode(model, prompts, mask_token(model), LLaDASettings(gen_length=length))
+            sequences = decode(Denoiser(model), prompts, LLaDASettings(gen_length=length))
         else:
             sequences = decode_autoregressive(model, prompts, None, length, 0.0, self.seed, stop_at_eos=False)
         return (sequences[:, -length:] == answers).all(1).double().cpu().numpy()

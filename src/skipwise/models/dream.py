@@ -5,7 +5,7 @@ position p from the state at p - 1, as its autoregressive parent does. That shif
 uses it sees logits for position p at index p.
 """
 
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -13,10 +13,25 @@ from transformers import Qwen2Config, Qwen2ForCausalLM
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from skipwise.errors import UserError
+from skipwise.models.bidirectional import Bidirectional
 from skipwise.models.official import check_official
 
 ONLY_SUPPORTED = {"use_sliding_window": False, "hidden_act": "silu", "rope_scaling": None, "use_mrope": False}
 NEEDED = ("hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size", "vocab_size")
+# keys that the official config.json and Qwen2's share
+SHARED = (
+    *NEEDED,
+    "num_key_value_heads",
+    "max_position_embeddings",
+    "initializer_range",
+    "rms_norm_eps",
+    "tie_word_embeddings",
+    "attention_dropout",
+    "mask_token_id",
+    "pad_token_id",
+    "bos_token_id",
+    "eos_token_id",
+)
 # of the remote code's own bookkeeping; means nothing here
 _IGNORED = (
     "auto_map",
@@ -50,8 +65,15 @@ class DreamConfig(Qwen2Config):
         rope = {"rope_type": "default", "rope_theta": float(official.get("rope_theta", 1e6))}
         return cls(architectures=["DreamModel"], rope_parameters=rope, **settings)
 
+    def to_official(self) -> dict[str, Any]:
+        """The official config.json that `from_official` reads back to this config."""
+        official = {key: getattr(self, key) for key in SHARED}
+        official |= {key: value for key, value in ONLY_SUPPORTED.items() if value is not None}
+        official |= {"rope_theta": cast(dict, self.rope_parameters)["rope_theta"]}
+        return {"model_type": "Dream", "architectures": ["DreamModel"], **official}
 
-class DreamModel(Qwen2ForCausalLM):
+
+class DreamModel(Bidirectional, Qwen2ForCausalLM):
     """Dream with its language-model head. `model(input_ids).logits[b, p]` predicts the token *at* position p.
 
     input_ids: (batch, length) int64, masked positions hold `config.mask_token_id`; attention_mask: (batch, length),
@@ -60,26 +82,39 @@ class DreamModel(Qwen2ForCausalLM):
 
     config_class = DreamConfig
     config: DreamConfig
-    is_masked_diffusion = True
-
-    def __init__(self, config: DreamConfig):
-        super().__init__(config)
-        for layer in self.model.layers:
-            layer.self_attn.is_causal = False  # the SDPA kernels read this flag when there is no padding mask
+    family = "dream"  # of samplers
 
     def forward(
-        self, input_ids: Tensor | None = None, *args: Any, logits_to_keep: int | Tensor = 0, **kwargs: Any
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        *,
+        logits_to_keep: int | Tensor = 0,
+        **kwargs: Any,
     ) -> CausalLMOutputWithPast:
-        """Qwen2's forward with the logits of position p made from the state at p - 1; position 0 keeps its own.
+        """The logits of position p are made from the state at p - 1; a row's first token keeps its own.
 
         logits_to_keep: positions to predict, as an index (positions,), or the last n of them; 0 is all.
         Rotary positions count the padding too: attention sees differences of positions only, so that a left-padded
         row gives what it gives alone.
         """
-        length = (kwargs["inputs_embeds"] if input_ids is None else input_ids).shape[1]
-        if not isinstance(logits_to_keep, Tensor):
-            device = self.lm_head.weight.device
-            logits_to_keep = torch.arange(length - (logits_to_keep or length), length, device=device)
-        if logits_to_keep.ndim != 1 or logits_to_keep.dtype == torch.bool:
-            raise UserError("Dream takes logits_to_keep as a number or as a one-dimensional index of positions.")
-        return super().forward(input_ids, *args, logits_to_keep=(logits_to_keep - 1).clamp_min(0), **kwargs)
+        outputs = self.model(input_ids, attention_mask=attention_mask, **kwargs)
+        states = outputs.last_hidden_state
+        index = _shifted(logits_to_keep, attention_mask, states)
+        logits = self.lm_head(states.gather(1, index[..., None].expand(-1, -1, states.shape[2])))
+        return CausalLMOutputWithPast(
+            logits=cast(Any, logits), hidden_states=outputs.hidden_states, attentions=outputs.attentions
+        )
+
+
+def _shifted(logits_to_keep: int | Tensor, attention_mask: Tensor | None, states: Tensor) -> Tensor:
+    """(batch, positions): index of the state that predicts each position that is asked for."""
+    batch, length, _ = states.shape
+    if not isinstance(logits_to_keep, Tensor):
+        logits_to_keep = torch.arange(length - (logits_to_keep or length), length, device=states.device)
+    if logits_to_keep.ndim != 1 or logits_to_keep.dtype == torch.bool:
+        raise UserError("Dream takes logits_to_keep as a number or as a one-dimensional index of positions.")
+    before = (logits_to_keep - 1).expand(batch, -1)
+    if attention_mask is None or attention_mask.ndim != 2:
+        return before.clamp_min(0)
+    return before.maximum(attention_mask.argmax(1, keepdim=True))  # left of the first token there is only padding

@@ -10,6 +10,7 @@ from typing import Any, cast
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from skipwise.models.bidirectional import Bidirectional
 from skipwise.models.official import check_official
 
 # official config.json key -> LlamaConfig key
@@ -26,6 +27,8 @@ CONFIG_KEYS = {
     "eos_token_id": "eos_token_id",
     "pad_token_id": "pad_token_id",
 }
+
+OFFICIAL_VOCABULARY, END_OF_TURN = 126464, 126348
 
 # What the official code can do and this module does not: any other value is refused by name.
 ONLY_SUPPORTED = {
@@ -82,6 +85,7 @@ class LLaDAConfig(LlamaConfig):
 
     model_type = "llada"
     mask_token_id: int | None = 126336
+    eot_token_id: int | None = None  # ends a turn; the official files know it by number only
     is_causal: bool = False
     use_cache: bool = False
 
@@ -95,6 +99,8 @@ class LLaDAConfig(LlamaConfig):
         settings = {ours: official[theirs] for theirs, ours in CONFIG_KEYS.items() if theirs in official}
         # the embedding table is `embedding_size` rows tall; it is padded above the tokenizer's vocabulary
         settings["vocab_size"] = official.get("embedding_size") or official["vocab_size"]
+        if settings["vocab_size"] == OFFICIAL_VOCABULARY:
+            settings["eot_token_id"] = END_OF_TURN
         settings["rope_parameters"] = {"rope_type": "default", "rope_theta": float(official.get("rope_theta", 10000.0))}
         return cls(architectures=["LLaDAModelLM"], **settings)
 
@@ -107,7 +113,7 @@ class LLaDAConfig(LlamaConfig):
         return {"model_type": "llada", "architectures": ["LLaDAModelLM"], **official}
 
 
-class LLaDAModelLM(LlamaForCausalLM):
+class LLaDAModelLM(Bidirectional, LlamaForCausalLM):
     """LLaDA with its language-model head. `model(input_ids).logits[b, p]` predicts the token *at* position p.
 
     input_ids: (batch, length) int64, masked positions hold `config.mask_token_id`; attention_mask: (batch, length),
@@ -116,12 +122,7 @@ class LLaDAModelLM(LlamaForCausalLM):
 
     config_class = LLaDAConfig
     config: LLaDAConfig
-    is_masked_diffusion = True
-
-    def __init__(self, config: LLaDAConfig):
-        super().__init__(config)
-        for layer in self.model.layers:
-            layer.self_attn.is_causal = False  # the SDPA kernels read this flag when there is no padding mask
+    family = "llada"  # of samplers
 
 
 def official_state_dict(model: LLaDAModelLM) -> dict[str, torch.Tensor]:

@@ -157,6 +157,7 @@ class MDLM(PreTrainedModel):
     base_model_prefix = ""
     main_input_name = "input_ids"
     is_masked_diffusion = True
+    family = "mdlm"  # of samplers
     _no_split_modules = {"MDLMBlock"}  # noqa: RUF012 (transformers' own way)
 
     def __init__(self, config: MDLMConfig):

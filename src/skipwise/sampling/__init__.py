@@ -1,6 +1,20 @@
 """Decoding, one file a family. `generate` picks the family that a model belongs to and keeps the accounts."""
 
-from skipwise.sampling.generate import Generated, Statistics, generate
-from skipwise.sampling.llada import LLaDASettings, Step
+from skipwise.sampling.denoiser import Denoiser, Step, mask_token
+from skipwise.sampling.dream import DreamSettings
+from skipwise.sampling.generate import FAMILIES, Generated, Statistics, generate
+from skipwise.sampling.llada import LLaDASettings
+from skipwise.sampling.mdlm import MDLMSettings
 
-__all__ = ["Generated", "LLaDASettings", "Statistics", "Step", "generate"]
+__all__ = [
+    "FAMILIES",
+    "Denoiser",
+    "DreamSettings",
+    "Generated",
+    "LLaDASettings",
+    "MDLMSettings",
+    "Statistics",
+    "Step",
+    "generate",
+    "mask_token",
+]

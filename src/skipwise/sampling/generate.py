@@ -10,13 +10,15 @@ import torch
 from torch import Tensor, nn
 
 from skipwise.cost import Prices, price_blocks
-from skipwise.errors import UserError
+from skipwise.errors import UserError, unknown
 from skipwise.examples import Size
 from skipwise.models import kind_of
 from skipwise.plan import Plan
+from skipwise.sampling import dream, llada, mdlm
 from skipwise.sampling.autoregressive import decode_autoregressive
-from skipwise.sampling.llada import LLaDASettings, Step, decode, mask_token
-from skipwise.skipping import Skipped, Skipping, skip, skipped_now
+from skipwise.sampling.canvas import Settings
+from skipwise.sampling.denoiser import Denoiser, Step
+from skipwise.skipping import Skipped, skip, skipped_now
 
 
 @dataclass(frozen=True)
@@ -42,6 +44,21 @@ class Generated:
     stats: Statistics
 
 
+@dataclass(frozen=True)
+class Family:
+    """A decoding family: what it can be told, and its loop."""
+
+    settings: type[Settings]
+    decode: Callable[[Denoiser, Tensor, Any, Tensor | None], Tensor]
+
+
+FAMILIES = {
+    "llada": Family(llada.LLaDASettings, llada.decode),
+    "dream": Family(dream.DreamSettings, dream.decode),
+    "mdlm": Family(mdlm.MDLMSettings, mdlm.decode),
+}
+
+
 def generate(
     model: nn.Module,
     input_ids: Tensor,
@@ -49,26 +66,33 @@ def generate(
     plan: Plan | None = None,
     attention_mask: Tensor | None = None,
     gen_length: int = 128,
-    temperature: float = 0.0,
     seed: int = 0,
     stop_at_eos: bool = True,
+    family: str | None = None,
     on_step: Callable[[Step], None] | None = None,
-    **diffusion: Any,
+    **settings: Any,
 ) -> Generated:
-    """Decode `gen_length` tokens after every prompt, by LLaDA's rule for masked diffusion models, else token by token.
+    """Decode `gen_length` tokens after every prompt, with the sampler of the model's family or token by token.
 
     input_ids: (batch, prompt_length), prompts of unequal length padded on the left; attention_mask: the same shape, 0
-    on padding. A plan's phases follow the trajectory. `diffusion`: steps, block_length, remasking, compat (see
-    `LLaDASettings`) and on_step are for diffusion models; stop_at_eos is for autoregressive ones.
+    on padding. Masks in the prompt of a diffusion model are filled too (infilling; gen_length may then be 0).
+    A plan's phases follow the trajectory. stop_at_eos: end when every row has ended; what a row says after its end of
+    text becomes that token. Not under `compat`, as the official samplers go on.
+    family: "llada", "dream" or "mdlm", the model's own by default; `settings` are those of its sampler (LLaDASettings,
+    DreamSettings, MDLMSettings), or temperature for an autoregressive model; on_step is called before each denoising
+    forward.
     Raises UserError for an empty list of prompts, padding on the right, and settings that do not fit the model.
     """
     _check_prompts(input_ids, attention_mask)
     if kind_of(model) == "masked diffusion":
-        settings = _settings(gen_length=gen_length, temperature=temperature, seed=seed, **diffusion)
-        return _diffuse(model, input_ids, attention_mask, plan, settings, on_step)
-    if diffusion or on_step:
-        given = ", ".join([*diffusion, *(["on_step"] if on_step else [])])
-        raise UserError(f"{type(model).__name__} is not a masked diffusion model; leave out {given}.")
+        eos = getattr(model.config, "eos_token_id", None) if stop_at_eos and not settings.get("compat") else None
+        chosen = _family(model, family)
+        resolved = chosen.settings.of({"gen_length": gen_length, "seed": seed, "eos_token_id": eos, **settings})
+        return _diffuse(model, input_ids, attention_mask, plan, chosen, resolved, on_step)
+    temperature = settings.pop("temperature", 0.0)
+    diffusion = [*settings, *(["on_step"] if on_step else []), *(["family"] if family else [])]
+    if diffusion:
+        raise UserError(f"{type(model).__name__} is not a masked diffusion model; leave out {', '.join(diffusion)}.")
     if not hasattr(model, "generate"):
         raise UserError(f"{type(model).__name__} cannot generate text: it is neither autoregressive nor diffusion.")
     if plan and not plan.is_static:
@@ -87,12 +111,11 @@ def generate(
     )
 
 
-def _settings(**given: Any) -> LLaDASettings:
-    try:
-        return LLaDASettings(**given)
-    except TypeError as error:
-        legal = ", ".join(LLaDASettings.__dataclass_fields__)
-        raise UserError(f"{str(error).split(') ')[-1]}; a diffusion model takes {legal}.") from error
+def _family(model: nn.Module, name: str | None) -> Family:
+    name = name or getattr(model, "family", "llada")
+    if name not in FAMILIES:
+        raise unknown("decoding family", name, FAMILIES)
+    return FAMILIES[name]
 
 
 def _check_prompts(input_ids: Tensor, attention_mask: Tensor | None) -> None:
@@ -111,34 +134,25 @@ def _diffuse(
     input_ids: Tensor,
     attention_mask: Tensor | None,
     plan: Plan | None,
-    settings: LLaDASettings,
+    family: Family,
+    settings: Settings,
     on_step: Callable[[Step], None] | None,
 ) -> Generated:
     prices = price_blocks(model, Size(tokens=input_ids.shape[1] + settings.gen_length))
-    steps: list[Skipped] = []
-
-    def follow(step: Step, skipping: Skipping | None) -> None:
-        if skipping:
-            skipping.at(step.progress)
-        steps.append(skipped_now(model))
-        if on_step:
-            on_step(step)
-
     with skip(model, plan) if plan else nullcontext() as skipping:
+        denoiser = Denoiser(model, skipping, on_step)
         began = time.perf_counter()
-        sequences = decode(
-            model, input_ids, mask_token(model), settings, attention_mask, lambda step: follow(step, skipping)
-        )
+        sequences = family.decode(denoiser, input_ids, settings, attention_mask)
         _synchronize(sequences.device)
         seconds = time.perf_counter() - began
-    batch = len(input_ids)
+    ran = denoiser.forwards
     return Generated(
         sequences,
         Statistics(
-            forwards=len(steps),
-            block_flops=batch * sum(prices.of_blocks(skipped).flops for skipped in steps),
-            all_in_flops=batch * sum(prices.forward(skipped).flops for skipped in steps),
-            whole_all_in_flops=batch * len(steps) * prices.forward().flops,
+            forwards=len(ran),
+            block_flops=sum(forward.rows * prices.of_blocks(forward.skipped).flops for forward in ran),
+            all_in_flops=sum(forward.rows * prices.forward(forward.skipped).flops for forward in ran),
+            whole_all_in_flops=sum(forward.rows for forward in ran) * prices.forward().flops,
             seconds=seconds,
         ),
     )

@@ -3,7 +3,9 @@
 Masked diffusion: mask exactly k of the n answer tokens, k uniform in 1..n, and weigh the cross-entropy by 1/k (LLaDA's
 likelihood bound, arXiv 2502.09992 eq. 6, which has the expectation of the 1/t loss and less variance).
 Autoregressive: cross-entropy of the answer tokens. Everything else is the same for both kinds: data, blocks, width,
-optimizer, number of sequences.
+optimizer, number of sequences. A recipe with a parent goes on from that autoregressive model with the masked-diffusion
+objective, as Dream did from Qwen2.5 (arXiv 2508.15487): attention looks both ways, position p is still predicted from
+the state at p - 1.
 """
 
 import json
@@ -20,19 +22,24 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from skipwise.errors import UserError
 from skipwise.files import write_atomically, write_bytes_atomically
+from skipwise.loading import load
+from skipwise.models.dream import SHARED, DreamConfig, DreamModel
 from skipwise.models.llada import LLaDAConfig, LLaDAModelLM, official_state_dict
 from skipwise.zoo.tasks import MAX_LENGTH, TASKS, examples
 from skipwise.zoo.tokenizer import build_tokenizer
 
 Objective = Literal["masked_diffusion", "autoregressive"]
+ZooModel = LLaDAModelLM | DreamModel | LlamaForCausalLM
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """All that determines a zoo model. `share` is each task's part of a batch."""
+    """All that determines a zoo model. `share` is each task's part of a batch; `parent` the model it goes on from."""
 
     objective: Objective
+    parent: str | None = None
     blocks: int = 24
     width: int = 64
     heads: int = 4
@@ -53,7 +60,12 @@ and reversing digits. Made to measure what skipping blocks costs; of no other us
 Reproduce it with `skipwise zoo train {name} --seed {seed}`; the log of the run that made these weights is train.jsonl.
 """
 
-RECIPES = {"tiny-dllm": Recipe("masked_diffusion"), "tiny-ar": Recipe("autoregressive")}
+RECIPES = {
+    "tiny-dllm": Recipe("masked_diffusion"),
+    "tiny-ar": Recipe("autoregressive"),
+    # on top of its parent's steps; a third of the learning rate, so that the parent is not forgotten
+    "tiny-ar2dllm": Recipe("masked_diffusion", parent="tiny-ar", steps=1200, learning_rate=1e-3),
+}
 
 
 @dataclass(frozen=True)
@@ -65,8 +77,10 @@ class Batch:
     answer: Tensor
 
 
-def build_model(recipe: Recipe, seed: int) -> LLaDAModelLM | LlamaForCausalLM:
-    """A freshly initialised model; residual branches start small so that depth does not blow up the stream."""
+def build_model(recipe: Recipe, seed: int, parent: str | None = None) -> ZooModel:
+    """A freshly initialised model, or one with the weights of `parent` (what `load` takes; the recipe's by default)."""
+    if recipe.parent:
+        return _continued(parent or recipe.parent)
     tokenizer = build_tokenizer()
     torch.manual_seed(seed)
     settings: dict[str, Any] = dict(
@@ -89,11 +103,29 @@ def build_model(recipe: Recipe, seed: int) -> LLaDAModelLM | LlamaForCausalLM:
         model = LLaDAModelLM(LLaDAConfig(mask_token_id=tokenizer.mask_token_id, **settings))
     else:
         model = LlamaForCausalLM(LlamaConfig(**settings))
-    with torch.no_grad():
-        for layer in model.model.layers:
-            for branch_end in (layer.self_attn.o_proj, layer.mlp.down_proj):
-                branch_end.weight.div_(math.sqrt(2 * recipe.blocks))
+    _shrink_branches(model)
     return model
+
+
+@torch.no_grad()
+def _shrink_branches(model: ZooModel) -> None:
+    """Residual branches start small, so that depth does not blow up the stream."""
+    for layer in model.model.layers:
+        for branch_end in (layer.self_attn.o_proj, layer.mlp.down_proj):
+            branch_end.weight.div_(math.sqrt(2 * len(model.model.layers)))
+
+
+def _continued(parent: str) -> DreamModel:
+    """A Dream with the weights of an autoregressive Llama; the biases that only Dream has are 0."""
+    source, tokenizer = load(parent)
+    if type(source) is not LlamaForCausalLM or tokenizer.mask_token_id is None:
+        raise UserError(f"{parent} is a {type(source).__name__}; a parent is a zoo model such as tiny-ar.")
+    shared = {key: value for key, value in source.config.to_dict().items() if key in SHARED}
+    shared |= {"mask_token_id": tokenizer.mask_token_id, "rope_parameters": source.config.rope_parameters}
+    model = DreamModel(DreamConfig(**shared))
+    biases = {key: torch.zeros_like(value) for key, value in model.state_dict().items() if key.endswith(".bias")}
+    model.load_state_dict(source.state_dict() | biases)
+    return model.train()
 
 
 def batches(recipe: Recipe, seed: int) -> Iterator[Batch]:
@@ -122,7 +154,7 @@ def masked_diffusion_loss(model: nn.Module, batch: Batch, generator: torch.Gener
     masked = draws.argsort(1).argsort(1) < k[:, None]
     noised = batch.tokens.where(~masked, cast(LLaDAConfig, model.config).mask_token_id or 0)
     logits = model(input_ids=noised, attention_mask=batch.attention).logits
-    losses = F.cross_entropy(logits.flatten(0, 1), batch.tokens.flatten(), reduction="none").view_as(masked)
+    losses = _token_losses(logits, batch.tokens)
     return (losses * masked / k[:, None]).sum() / len(k)
 
 
@@ -130,19 +162,19 @@ def autoregressive_loss(model: nn.Module, batch: Batch, generator: torch.Generat
     """Mean over rows of the mean cross-entropy of the answer tokens, each predicted from those before it."""
     logits = model(input_ids=batch.tokens, attention_mask=batch.attention, use_cache=False).logits[:, :-1]
     target, scored = batch.tokens[:, 1:], batch.answer[:, 1:]
-    losses = F.cross_entropy(logits.flatten(0, 1), target.flatten(), reduction="none").view_as(scored)
+    losses = _token_losses(logits, target)
     return (losses * scored / scored.sum(1, keepdim=True)).sum() / len(target)
+
+
+def _token_losses(logits: Tensor, targets: Tensor) -> Tensor:
+    """(batch, length, vocabulary), (batch, length) -> cross-entropy of every token (batch, length)."""
+    return F.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="none").view_as(targets)
 
 
 LOSSES: dict[Objective, Callable[[nn.Module, Batch, torch.Generator], Tensor]] = {
     "masked_diffusion": masked_diffusion_loss,
     "autoregressive": autoregressive_loss,
 }
-
-
-def loss_of(objective: Objective, model: nn.Module, batch: Batch, generator: torch.Generator) -> Tensor:
-    """The training loss of a batch; the generator draws what is masked."""
-    return LOSSES[objective](model, batch, generator)
 
 
 def build_optimizers(model: nn.Module, recipe: Recipe) -> list[torch.optim.Optimizer]:
@@ -180,13 +212,14 @@ def train(
     every: int = 100,
     recipe: Recipe | None = None,
     stop_after: int | None = None,
-) -> LLaDAModelLM | LlamaForCausalLM:
+    parent: str | None = None,
+) -> ZooModel:
     """Train the zoo model `name`, logging to `output`/train.jsonl; a killed run goes on from `output`/state.pt.
 
-    stop_after: end early, at this step, as if killed after it.
+    stop_after: end early, at this step, as if killed after it; parent: see `build_model`.
     """
     recipe = recipe or RECIPES[name]
-    model = build_model(recipe, seed)
+    model = build_model(recipe, seed, parent)
     optimizers = build_optimizers(model, recipe)
     base = [group["lr"] for optimizer in optimizers for group in optimizer.param_groups]
     generator = torch.Generator().manual_seed(seed + 1)
@@ -203,7 +236,7 @@ def train(
             )
         total, steps, began = 0.0, 0, time.monotonic()
         for step in range(first, stop_after or recipe.steps):
-            loss = loss_of(recipe.objective, model, next(stream), generator)
+            loss = LOSSES[recipe.objective](model, next(stream), generator)
             total, steps = total + _update(model, loss, optimizers, base, schedule(recipe, step)), steps + 1
             if (step + 1) % every == 0 or step + 1 == recipe.steps:
                 seconds = elapsed + time.monotonic() - began
@@ -242,12 +275,13 @@ def _accuracies(model: nn.Module, evaluate: Callable[[nn.Module], dict[str, floa
     return accuracies
 
 
-def save_model(model: LLaDAModelLM | LlamaForCausalLM, name: str, seed: int, folder: Path) -> Path:
-    """Write a standard checkpoint: LLaDA's official layout, or transformers' for the autoregressive model."""
+def save_model(model: ZooModel, name: str, seed: int, folder: Path) -> Path:
+    """Write a standard checkpoint: the official layouts of LLaDA and Dream, transformers' for the others."""
     folder.mkdir(parents=True, exist_ok=True)
     build_tokenizer().save_pretrained(folder)
-    if isinstance(model, LLaDAModelLM):
-        write_bytes_atomically(folder / "model.safetensors", save(official_state_dict(model), {"format": "pt"}))
+    if isinstance(model, LLaDAModelLM | DreamModel):
+        weights = official_state_dict(model) if isinstance(model, LLaDAModelLM) else model.state_dict()
+        write_bytes_atomically(folder / "model.safetensors", save(weights, {"format": "pt"}))
         write_atomically(folder / "config.json", json.dumps(model.config.to_official(), indent=2) + "\n")
     else:
         model.save_pretrained(folder)

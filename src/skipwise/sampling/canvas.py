@@ -1,0 +1,143 @@
+"""The sequences that a masked diffusion sampler fills: prompt and masks, the masks' quotas, the end of a text."""
+
+from dataclasses import dataclass
+from typing import Any, ClassVar, Self
+
+import torch
+from torch import Tensor
+
+from skipwise.errors import UserError, unknown
+from skipwise.sampling.denoiser import Step
+
+
+@dataclass(frozen=True, kw_only=True)
+class Settings:
+    """What every family of samplers takes.
+
+    gen_length: masks that are appended to the prompt; 0 fills only the masks that the prompt holds (infilling).
+    steps: denoising steps, one a mask when left out. seed: of the noise; row r of a batch under seed s draws what a
+    batch of one draws under seed s + r, so that a row does not depend on its neighbours. eos_token_id: decoding stops
+    when every row has committed this token and all before it, and what follows it becomes that token; None goes on.
+    compat: repeat the official implementation's arithmetic and random numbers, those of `torch.manual_seed(seed)`.
+    """
+
+    gen_length: int = 128
+    steps: int | None = None
+    seed: int = 0
+    eos_token_id: int | None = None
+    compat: str | None = None
+
+    family: ClassVar[str]
+
+    @classmethod
+    def of(cls, given: dict[str, Any]) -> Self:
+        """Settings by name. Raises UserError, with the nearest name, for one that this family does not take."""
+        legal = [name for name in cls.__dataclass_fields__ if name not in ("family", "eos_token_id")]
+        for name in given:
+            if name not in (*legal, "eos_token_id"):
+                raise unknown(f"setting of the {cls.family} sampler", name, legal)
+        return cls(**given)
+
+    def __post_init__(self) -> None:
+        if self.compat not in (None, self.family):
+            raise UserError(f"compat={self.compat!r} is unknown; use {self.family!r} or leave it out.")
+        if self.gen_length < 0:
+            raise UserError(f"gen_length={self.gen_length} is negative; 0 fills the masks of the prompt alone.")
+        if self.steps is not None and self.steps < 1:
+            raise UserError(f"steps={self.steps}; at least one denoising step is needed.")
+
+    def one_of(self, name: str, legal: tuple[str, ...]) -> None:
+        """Raise UserError when the setting `name` is none of `legal`."""
+        if getattr(self, name) not in legal:
+            raise unknown(name, getattr(self, name), legal)
+
+    def at_least_zero(self, name: str, why: str) -> None:
+        """Raise UserError when the setting `name` is negative."""
+        if getattr(self, name) < 0:
+            raise UserError(f"{name}={getattr(self, name)} is negative; {why}.")
+
+
+@dataclass
+class Canvas:
+    """sequences: (batch, length), filled in place; attention_mask: the same shape, 0 on left padding, or None.
+
+    `prompt` is the length of the prompt; `mask` the token that stands for what is not known yet.
+    """
+
+    sequences: Tensor
+    attention_mask: Tensor | None
+    prompt: int
+    mask: int
+
+    @classmethod
+    def open(cls, input_ids: Tensor, attention_mask: Tensor | None, mask: int, gen_length: int) -> "Canvas":
+        """Prompts (batch, prompt) and `gen_length` masks behind them. Raises UserError if nothing is to be filled."""
+        tail = input_ids.new_full((len(input_ids), gen_length), mask)
+        if attention_mask is not None:
+            attention_mask = torch.cat([attention_mask, torch.ones_like(tail)], dim=1)
+        canvas = cls(torch.cat([input_ids, tail], dim=1), attention_mask, input_ids.shape[1], mask)
+        if not bool(canvas.masked.any()):
+            raise UserError("gen_length=0 and the prompt holds no mask token, so there is nothing to fill.")
+        return canvas
+
+    @property
+    def masked(self) -> Tensor:
+        """(batch, length): what is still to be filled."""
+        masked = self.sequences == self.mask
+        return masked if self.attention_mask is None else masked & self.attention_mask.bool()
+
+    @property
+    def left(self) -> list[int]:
+        """Masks left in every row."""
+        return self.masked.sum(1).tolist()
+
+    @property
+    def most(self) -> int:
+        """Masks left in the row that has the most."""
+        return max(self.left)
+
+    def step(self, index: int, total: int, progress: float | None = None) -> Step:
+        """The step to announce; progress is index / total when left out."""
+        return Step(index, total, self.sequences, index / total if progress is None else progress)
+
+    def finished(self, eos: int | None) -> bool:
+        """Whether every row holds a committed `eos` after the prompt with no mask before it."""
+        if eos is None or self.prompt == self.sequences.shape[1]:
+            return False
+        ends = self.sequences[:, self.prompt :] == eos
+        first = ends.int().argmax(1) + self.prompt
+        before = torch.arange(self.sequences.shape[1], device=first.device) < first[:, None]
+        return bool((ends.any(1) & ~(self.masked & before).any(1)).all())
+
+    def close(self, eos: int | None) -> Tensor:
+        """The sequences, with everything after the first `eos` behind the prompt turned into `eos`."""
+        if eos is not None:
+            new = self.sequences[:, self.prompt :]
+            ended = (new == eos).cumsum(1) > 0
+            new[ended] = eos
+        return self.sequences
+
+
+def transfer_quotas(masked: Tensor, steps: int) -> Tensor:
+    """How many tokens each row commits at each step: (batch,) masked counts -> (batch, steps); remainder goes first."""
+    base, extra = masked // steps, masked % steps
+    return base[:, None] + (torch.arange(steps, device=masked.device) < extra[:, None])
+
+
+def commit_top(sequences: Tensor, chosen: Tensor, confidence: Tensor, quota: Tensor) -> None:
+    """Write, in place, the `quota` (batch,) most confident of `chosen` into sequences; all (batch, length)."""
+    for row, count in enumerate(quota.tolist()):
+        # one top-k a row: its tie-breaking depends on k, and the official code decides ties this way
+        positions = confidence[row].topk(count).indices
+        sequences[row, positions] = chosen[row, positions]
+
+
+def commit_above(sequences: Tensor, chosen: Tensor, confidence: Tensor, threshold: float) -> None:
+    """Write, in place, every token whose confidence reaches the threshold, and always each row's best one.
+
+    Positions that must not be written hold -inf. Source: Fast-dLLM (arXiv 2505.22618), confidence-aware parallel
+    decoding.
+    """
+    best = torch.zeros_like(confidence, dtype=torch.bool).scatter_(1, confidence.argmax(1, keepdim=True), True)
+    transfer = (confidence >= threshold) | (best & (confidence > -torch.inf))
+    sequences[transfer] = chosen[transfer]

@@ -1,0 +1,368 @@
+"""Dream's and MDLM's decoding beside plain transcriptions of the official semantics, and their laws."""
+
+import itertools
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+import skipwise as sw
+from skipwise.blocks import find_contract
+from skipwise.plan import Phase, Plan
+from skipwise.sampling import Denoiser, DreamSettings, MDLMSettings
+from skipwise.sampling.dream import decode as dream_decode
+from skipwise.sampling.mdlm import decode as mdlm_decode
+from tests.tiny_models import ROWS
+
+MASK = 3
+
+
+@pytest.fixture(scope="module")
+def dream() -> nn.Module:
+    return ROWS["dream"]()
+
+
+def sample_tokens(logits: Tensor, s: DreamSettings) -> tuple[Tensor, Tensor]:
+    """Dream's `sample_tokens`, line by line from its description."""
+    if s.temperature > 0:
+        logits = logits / s.temperature
+    if s.top_p is not None and s.top_p < 1:
+        sorted_logits, sorted_indices = torch.sort(logits, descending=True)
+        remove = torch.cumsum(F.softmax(sorted_logits, dim=-1), dim=-1) > s.top_p
+        remove[..., 1:] = remove[..., :-1].clone()
+        remove[..., 0] = False
+        mask = torch.zeros_like(logits, dtype=torch.bool).scatter_(-1, sorted_indices, remove)
+        logits = logits.masked_fill(mask, torch.finfo(logits.dtype).min)
+    if s.top_k is not None:
+        remove = logits < torch.topk(logits, s.top_k)[0][..., -1, None]
+        logits = logits.masked_fill(remove, torch.finfo(logits.dtype).min)
+    probs = torch.softmax(logits, dim=-1)
+    if s.temperature > 0:
+        x0 = torch.distributions.Categorical(probs=probs).sample()
+        confidence = torch.gather(probs, -1, x0.unsqueeze(-1)).squeeze(-1)
+    else:
+        confidence, x0 = probs.max(dim=-1)
+    if s.alg == "topk_margin":
+        ordered = torch.sort(probs, dim=-1, descending=True)[0]
+        confidence = ordered[:, 0] - ordered[:, 1]
+    if s.alg == "entropy":
+        confidence = torch.sum(probs * torch.log(probs + 1e-10), dim=-1)
+    return confidence, x0
+
+
+@torch.no_grad()
+def official_dream(model: nn.Module, prompt: Tensor, attention_mask: Tensor, s: DreamSettings) -> Tensor:
+    """Dream's `diffusion_generate` under torch's global random state, from its description."""
+    torch.manual_seed(s.seed)
+    x = F.pad(prompt, (0, s.gen_length), value=MASK)
+    mask = F.pad(attention_mask, (0, s.gen_length), value=1)
+    steps = s.steps or s.gen_length
+    times = torch.linspace(1, s.eps, steps + 1)
+    if s.tokens_hook:
+        x = s.tokens_hook(None, x, None)
+    for i in range(steps):
+        masked = x == MASK
+        unshifted = model.lm_head(model.model(x, attention_mask=mask).last_hidden_state)
+        logits = torch.cat([unshifted[:, :1], unshifted[:, :-1]], dim=1)
+        if s.logits_hook:
+            logits = s.logits_hook(i, x, logits)
+        mask_logits = logits[masked]
+        part = 1 - times[i + 1] / times[i] if i < steps - 1 else 1
+        if s.alg == "origin":
+            x0 = torch.zeros_like(x[masked]) + MASK
+            transfer = torch.rand(*x0.shape) < part
+            _, x0[transfer] = sample_tokens(mask_logits[transfer], s)
+            x[masked] = x0
+        else:
+            confidence, x0 = sample_tokens(mask_logits, s)
+            mean = masked.sum() / masked.shape[0]
+            count = int(mean * part) if i < steps - 1 else int(mean)
+            full = torch.full_like(x, -torch.inf, dtype=logits.dtype)
+            full[masked] = confidence
+            if count > 0:
+                if s.alg_temp == 0:
+                    _, index = torch.topk(full, count)
+                else:
+                    index = torch.multinomial(F.softmax(full / s.alg_temp, dim=-1), num_samples=count)
+                filled = torch.zeros_like(x) + MASK
+                filled[masked] = x0
+                rows = torch.arange(x.size(0)).unsqueeze(1).expand_as(index)
+                x[rows, index] = filled[rows, index]
+        if s.tokens_hook:
+            x = s.tokens_hook(i, x, logits)
+    return x
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("alg", ["origin", "maskgit_plus", "topk_margin", "entropy"])
+@pytest.mark.parametrize("alg_temp", [0.0, 0.3])
+@pytest.mark.parametrize(
+    "drawn",
+    [{}, {"temperature": 0.7}, {"temperature": 1.0, "top_p": 0.8}, {"temperature": 0.5, "top_k": 5, "top_p": 0.9}],
+)
+@pytest.mark.parametrize("steps", [None, 5, 24])
+def test_dream_compat(dtype: torch.dtype, alg: Any, alg_temp: float, drawn: dict[str, Any], steps: int | None) -> None:
+    model = ROWS["dream"]().to(dtype)
+    prompt = torch.tensor([[0, 0, 9, 10, 11], [4, 5, 6, 7, 8]])
+    mask = torch.tensor([[0, 0, 1, 1, 1], [1, 1, 1, 1, 1]])
+    settings = DreamSettings(gen_length=12, steps=steps, alg=alg, alg_temp=alg_temp, seed=4, compat="dream", **drawn)
+    with torch.random.fork_rng():
+        expected = official_dream(model, prompt, mask, settings)
+    assert torch.equal(dream_decode(Denoiser(model), prompt, settings, mask), expected)
+
+
+def test_dream_hooks(dream: nn.Module) -> None:
+    """Hooks are called where the official ones are, with the step, the tokens and the logits, and may change them."""
+    seen: list[Any] = []
+
+    def on_logits(step: int, x: Tensor, logits: Tensor) -> Tensor:
+        return logits.index_fill(-1, torch.tensor([5]), 30.0)
+
+    def on_tokens(step: int | None, x: Tensor, logits: Tensor | None) -> Tensor:
+        seen.append((step, logits is None))
+        x[:, 1] = 9
+        return x
+
+    prompt = torch.arange(4, 9)[None]
+    for compat in (None, "dream"):
+        seen.clear()
+        settings = DreamSettings(
+            gen_length=4, steps=6, alg="entropy", compat=compat, logits_hook=on_logits, tokens_hook=on_tokens
+        )
+        out = dream_decode(Denoiser(dream), prompt, settings)
+        assert out[0].tolist() == [4, 9, 6, 7, 8, 5, 5, 5, 5]
+        assert seen == [(None, True), *((i, False) for i in range(6))]
+        assert torch.equal(out, official_dream(dream, prompt, torch.ones_like(prompt), settings))
+
+
+def test_dream_rows_have_their_own_quotas(dream: nn.Module) -> None:
+    """Infilling with unequal numbers of masks: every row is filled, evenly; and its own steps are what is run."""
+    x = torch.arange(4, 24).view(2, 10).clone()
+    x[0, 2], x[1, 1:7] = MASK, MASK
+    counts: list[list[int]] = []
+    out = sw.generate(
+        dream,
+        x,
+        gen_length=0,
+        steps=3,
+        alg="entropy",
+        on_step=lambda s: counts.append((s.sequences == MASK).sum(1).tolist()),
+    )
+    assert counts == [[1, 6], [0, 4], [0, 2]]
+    assert not (out.sequences == MASK).any()
+    assert sw.generate(dream, x, gen_length=0, steps=50, alg="entropy").stats.forwards == 6
+
+
+def test_dream_origin_lifts_masks_uniformly(dream: nn.Module) -> None:
+    """Under "origin" a mask is lifted at each of n steps with probability 1/n (chi-square over 3,000 masks)."""
+    steps, counts = 6, []
+    sw.generate(
+        dream,
+        torch.full((100, 1), 4),
+        gen_length=30,
+        steps=steps,
+        on_step=lambda s: counts.append(int((s.sequences == MASK).sum())),
+        stop_at_eos=False,
+    )
+    lifted = [a - b for a, b in itertools.pairwise([*counts, 0])]
+    expected = 3000 / steps
+    assert sum((n - expected) ** 2 / expected for n in lifted) < 20.5  # 0.1% of chi-square with 5 degrees
+
+
+# MDLM
+
+
+@torch.no_grad()
+def official_mdlm(model: nn.Module, batch: int, length: int, s: MDLMSettings) -> Tensor:
+    """MDLM's `_sample` under torch's global random state, from its description."""
+    torch.manual_seed(s.seed)
+    mask, steps = model.config.mask_token_id, s.steps or 1000
+    x = torch.full((batch, length), mask)
+    times = torch.linspace(1, 1e-5, steps + 1)
+    dt = (1 - 1e-5) / steps
+
+    def sigma(t: Tensor) -> Tensor:
+        return -torch.log1p(-(1 - 1e-3) * t)
+
+    def log_p(x: Tensor, t: Tensor) -> Tensor:
+        z = model(x, sigma=sigma(t).expand(batch)).logits.float()
+        z[:, :, mask] += -1e6
+        z = z - torch.logsumexp(z, dim=-1, keepdim=True)
+        unmasked = x != mask
+        z[unmasked] = -1e6
+        z[unmasked, x[unmasked]] = 0
+        return z
+
+    def draw(q: Tensor) -> Tensor:
+        return (q / (1e-10 - (torch.rand_like(q) + 1e-10).log())).argmax(dim=-1)
+
+    cache = None
+    for i in range(steps):
+        t = times[i]
+        if s.sampler == "ddpm":
+            m_t, m_s = 1 - torch.exp(-sigma(t)), 1 - torch.exp(-sigma(t - dt))
+            p = log_p(x, t).exp()
+        else:
+            m_t, m_s = t, t - dt
+            p = log_p(x, t).exp() if cache is None else cache
+            cache = p
+        q = p * (m_t - m_s)
+        q[:, :, mask] = m_s
+        following = torch.where(x != mask, x, draw(q))
+        if not torch.equal(following, x) or model.config.time_conditioning:
+            cache = None
+        x = following
+    return log_p(x, times[-1]).argmax(dim=-1)
+
+
+@pytest.mark.parametrize("conditioned", [False, True])
+@pytest.mark.parametrize("sampler", ["ddpm", "ddpm_cache"])
+@pytest.mark.parametrize("steps", [3, 40])
+def test_mdlm_compat(sampler: Any, steps: int, conditioned: bool) -> None:
+    model = ROWS["mdlm"]()
+    model.config.time_conditioning = conditioned
+    mask = model.config.mask_token_id
+    for seed in range(5):
+        settings = MDLMSettings(gen_length=12, steps=steps, sampler=sampler, seed=seed, compat="mdlm")
+        with torch.random.fork_rng():
+            expected = official_mdlm(model, 2, 12, settings)
+        found = mdlm_decode(Denoiser(model), torch.zeros(2, 0, dtype=torch.long), settings)
+        assert torch.equal(found, expected)
+        assert not (found == mask).any()
+
+
+class Table(nn.Module):
+    """A denoiser over two tokens and a mask (2), of 2 positions, whose p(x0) depends on what is known already."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.config = SimpleNamespace(mask_token_id=2, time_conditioning=False)
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Any:
+        logits = torch.zeros(*input_ids.shape, 3)
+        other = input_ids.flip(1)
+        logits[..., 1] = torch.tensor([0.8, -1.5, 0.4])[other] + torch.tensor([0.3, -0.2])
+        logits[..., 2] = 5.0  # the mask is never to be drawn
+        return SimpleNamespace(logits=logits)
+
+
+def exact_law(steps: int | None) -> Tensor:
+    """(4,): probability of (0,0), (0,1), (1,0), (1,1), by enumeration of all ways to lift two masks."""
+    model = Table()
+
+    def p(x: list[int]) -> Tensor:
+        logits = model(torch.tensor([x])).logits[0]
+        logits[:, 2] = -torch.inf
+        return logits.softmax(-1)
+
+    # the two lifting steps are independent and uniform: together with probability 1/steps, else either order
+    together = 1 / steps if steps else 0.0
+    law = torch.zeros(2, 2)
+    both = p([2, 2])
+    for a, b in itertools.product((0, 1), (0, 1)):
+        first = both[0, a] * p([a, 2])[1, b]
+        second = both[1, b] * p([2, b])[0, a]
+        law[a, b] = together * both[0, a] * both[1, b] + (1 - together) / 2 * (first + second)
+    return law.flatten()
+
+
+@pytest.mark.parametrize(
+    ("sampler", "steps"),
+    [("first_hitting", None), ("first_hitting", 2), ("first_hitting", 7), ("ddpm", 2), ("ddpm", 7), ("ddpm_cache", 7)],
+)
+def test_mdlm_samplers_have_the_enumerated_law(sampler: Any, steps: int | None) -> None:
+    """20,000 samples against the exact law: chi-square below the 0.1% point."""
+    law = exact_law(steps)
+    settings = MDLMSettings(gen_length=2, steps=steps, sampler=sampler, seed=1)
+    drawn = mdlm_decode(Denoiser(Table()), torch.zeros(20000, 0, dtype=torch.long), settings)
+    counts = torch.bincount(drawn[:, 0] * 2 + drawn[:, 1], minlength=4)
+    expected = 20000 * law
+    assert float(((counts - expected) ** 2 / expected).sum()) < 16.3  # 3 degrees of freedom
+
+
+def test_cached_p_of_a_single_sequence_has_the_law() -> None:
+    """ddpm_cache with one sequence at a time, so that its cache is really used: 3,000 samples against the law."""
+    law, counts, forwards = exact_law(6), torch.zeros(4), 0
+    for seed in range(3000):
+        denoiser = Denoiser(Table())
+        settings = MDLMSettings(gen_length=2, steps=6, sampler="ddpm_cache", seed=seed)
+        x = mdlm_decode(denoiser, torch.zeros(1, 0, dtype=torch.long), settings)[0]
+        counts[int(x[0] * 2 + x[1])] += 1
+        forwards += len(denoiser.forwards)
+    expected = 3000 * law
+    assert float(((counts - expected) ** 2 / expected).sum()) < 16.3
+    assert forwards < 3000 * 4, "the cache is used"
+
+
+def test_first_hitting_runs_the_model_at_events_only() -> None:
+    """One forward a token in continuous time; rows of a batch share forwards; a step's tokens share one."""
+    model = ROWS["mdlm"]()
+    empty = torch.zeros(4, 0, dtype=torch.long)
+    assert sw_forwards(model, empty, MDLMSettings(gen_length=9)) == 9
+    steps = sw_forwards(model, empty, MDLMSettings(gen_length=9, steps=4))
+    assert steps <= 4
+    sparse = sw_forwards(model, empty[:1], MDLMSettings(gen_length=9, steps=1000))
+    assert sparse <= 9 < sw_forwards(model, empty[:1], MDLMSettings(gen_length=9, steps=100, sampler="ddpm")) == 100
+
+
+def sw_forwards(model: nn.Module, prompts: Tensor, settings: MDLMSettings) -> int:
+    denoiser = Denoiser(model)
+    mdlm_decode(denoiser, prompts, settings)
+    return len(denoiser.forwards)
+
+
+@pytest.mark.parametrize("sampler", ["first_hitting", "ddpm", "ddpm_cache"])
+def test_mdlm_phases(sampler: Any) -> None:
+    """Every row runs each part of its trajectory with the blocks of that phase; a cached p(x0) does not survive it."""
+    model = ROWS["mdlm"]()
+    plan = Plan(model=find_contract(model).shape, phases=(Phase(until=0.5, skip={"blocks": (0,)}), Phase(until=1.0)))
+    seen: list[tuple[float, int]] = []
+    out = sw.generate(
+        model,
+        torch.full((3, 1), 4),
+        gen_length=20,
+        sampler=sampler,
+        steps=30,
+        plan=plan,
+        stop_at_eos=False,
+        on_step=lambda step: seen.append((step.progress, len(model.blocks))),
+    )
+    whole = len(ROWS["mdlm"]().blocks)
+    assert {(p < 0.5, n) for p, n in seen} == {(True, whole - 1), (False, whole)}
+    assert [p for p, _ in seen] == sorted(p for p, _ in seen)
+    assert out.stats.all_in_flops < out.stats.whole_all_in_flops
+
+
+def test_a_cached_prediction_is_dropped_when_the_phase_changes() -> None:
+    model = ROWS["mdlm"]()
+    phases = (Phase(until=0.5, skip={"blocks": (0,)}), Phase(until=1.0))
+    plan = Plan(model=find_contract(model).shape, phases=phases)
+    empty = torch.zeros(1, 0, dtype=torch.long)
+    settings = MDLMSettings(gen_length=1, steps=400, sampler="ddpm_cache", seed=0)
+    counts = []
+    for skipping_plan in (None, plan):
+        seeds_late = []
+        for seed in range(12):
+            chosen = MDLMSettings(**{**settings.__dict__, "seed": seed})
+            if skipping_plan is None:
+                denoiser = Denoiser(model)
+                mdlm_decode(denoiser, empty, chosen)
+            else:
+                with sw.skip(model, skipping_plan) as skipping:
+                    denoiser = Denoiser(model, skipping)
+                    mdlm_decode(denoiser, empty, chosen)
+            seeds_late.append(len(denoiser.forwards))
+        counts.append(seeds_late)
+    assert set(counts[0]) == {1}, "one mask, one prediction, kept until the mask is lifted"
+    assert set(counts[1]) == {1, 2}, "and made anew when the second phase finds the mask still there"
+
+
+def test_prefix_is_kept_by_mdlm() -> None:
+    model = ROWS["mdlm"]()
+    prefix = torch.arange(4, 12).view(2, 4)
+    out = sw.generate(model, prefix, gen_length=5, steps=10, sampler="ddpm").sequences
+    assert torch.equal(out[:, :4], prefix)
+    assert not (out == model.config.mask_token_id).any()
