@@ -58,11 +58,12 @@ def change(**changes: Any) -> dict[str, Any]:
     [
         (
             change(fases=[]),
-            r"Unknown key 'fases'. Did you mean 'phases'\? Available: format, made_by, model, phases, train",
+            r"Unknown key 'fases'. Did you mean 'phases'\? Available: adapter, format, made_by, model, phases, "
+            "stand_ins, train",
         ),
         (
             change(phases=[{"until": 1.0, "skipp": {}}]),
-            r"Unknown key 'phases.0.skipp'. .*Available: model, skip, until",
+            r"Unknown key 'phases.0.skipp'. .*Available: model, skip, stand_in, until",
         ),
         (change(phases=[{"until": 0.5}]), "phases end at \\[0.5\\]; they must rise and the last must end at 1.0"),
         (change(phases=[{"until": 0.5}, {"until": 0.5}, {"until": 1.0}]), "they must rise"),

@@ -8,7 +8,7 @@ and in torch's own counter, against which the tests hold this one.
 
 import copy
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, fields
 from typing import Any
@@ -41,23 +41,30 @@ class Price:
         return Price(*(getattr(self, f.name) + getattr(other, f.name) for f in fields(Price)))
 
 
+Skip = Mapping[str, Collection[int]]  # stack -> block numbers
+
+
 @dataclass(frozen=True)
 class Prices:
-    """The price of every block and of all that is outside of the blocks, at one input size."""
+    """The price of every block and of all that is outside of the blocks, at one input size; of each stack, also the
+    price of a linear map in the place of a block.
+    """
 
     blocks: Mapping[str, tuple[Price, ...]]
     outside: Price
+    linear: Mapping[str, Price] = field(default_factory=dict)
     size: Size | None = None
 
-    def of_blocks(self, skip: Mapping[str, Any] | None = None) -> Price:
-        """All blocks but the skipped ones."""
+    def of_blocks(self, skip: Skip | None = None, linear: Skip | None = None) -> Price:
+        """All blocks but the skipped ones, and the linear maps that those in `linear` leave behind."""
         skip = skip or {}
-        kept = (p for name, row in self.blocks.items() for i, p in enumerate(row) if i not in skip.get(name, ()))
-        return sum(kept, Price())
+        kept = [p for name, row in self.blocks.items() for i, p in enumerate(row) if i not in skip.get(name, ())]
+        maps = [self.linear[name] for name, numbers in (linear or {}).items() for _ in numbers]
+        return sum(kept + maps, Price())
 
-    def forward(self, skip: Mapping[str, Any] | None = None) -> Price:
+    def forward(self, skip: Skip | None = None, linear: Skip | None = None) -> Price:
         """One forward with these blocks skipped."""
-        return self.of_blocks(skip) + self.outside
+        return self.of_blocks(skip, linear) + self.outside
 
 
 @dataclass(frozen=True)
@@ -104,10 +111,13 @@ def cost_of(prices: Prices, plan: Plan | None, others: Mapping[str, Prices] | No
     block = head = all_in = begun = 0.0
     activation = 0
     resident: dict[str | None, tuple[dict[str, tuple[int, ...]], Prices]] = {}
+    maps = 0
     for phase in plan.phases if plan else (Phase(),):
         source = prices if phase.model is None else _other(others or {}, phase.model)
         part, begun = phase.until - begun, phase.until
-        blocks, forward = source.of_blocks(phase.skip), source.forward(phase.skip)
+        linear = phase.skip if phase.stand_in == "linear" else {}
+        blocks, forward = source.of_blocks(phase.skip, linear), source.forward(phase.skip, linear)
+        maps += blocks.weight_bytes - source.of_blocks(phase.skip).weight_bytes
         block += part * blocks.flops
         head += part * (forward.flops - forward.attention_flops)
         all_in += part * forward.flops
@@ -116,7 +126,7 @@ def cost_of(prices: Prices, plan: Plan | None, others: Mapping[str, Prices] | No
     return Cost(
         block_flops=block,
         all_in_flops=all_in,
-        weight_bytes=sum(source.forward(never).weight_bytes for never, source in resident.values()),
+        weight_bytes=maps + sum(source.forward(never).weight_bytes for never, source in resident.values()),
         activation_bytes=activation,
         saved_block_flops=1 - block / whole_blocks.flops,
         saved_head_flops=1 - head / (whole.flops - whole.attention_flops),
@@ -170,14 +180,42 @@ def _price(model: nn.Module, size: Size, contract: Contract, example: Mapping[st
     }
     meter = Meter()
     inputs = example_inputs(twin, size, device="meta") if example is None else on_meta(twin, example)
-    with _attributing(meter, owners), shapes_only(), meter:
+    streams: dict[str, Tensor] = {}
+    with _attributing(meter, owners), _watching(twin, contract, streams), shapes_only(), meter:
         twin(**inputs)
     _add_weights(meter, twin, owners)
     blocks = {
         name: tuple(meter.prices.get((name, i), Price()) for i in range(stack.length))
         for name, stack in contract.stacks.items()
     }
-    return Prices(blocks, meter.prices.get(None, Price()), size)
+    linear = {name: _linear_map(streams[name]) for name in blocks}
+    return Prices(blocks, meter.prices.get(None, Price()), linear, size)
+
+
+def _linear_map(stream: Tensor) -> Price:
+    """A map of a stream (..., width) onto itself (`skipwise.stand_ins.Linear`)."""
+    width, size = stream.shape[-1], stream.element_size()
+    return Price(2 * stream.numel() * width, 0, (width + 1) * width * size, stream.numel() * size)
+
+
+@contextmanager
+def _watching(model: nn.Module, contract: Contract, streams: dict[str, Tensor]) -> Iterator[None]:
+    """Note the first stream that comes out of each stack's first block."""
+
+    def note(name: str, output: int | None, result: Any) -> None:
+        streams[name] = result if output is None else result[output]
+
+    handles = [
+        module_list(model, name)[0].register_forward_hook(
+            lambda module, args, result, name=name, output=stack.streams[0].output: note(name, output, result)
+        )
+        for name, stack in contract.stacks.items()
+    ]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
 
 
 def _on_meta(model: nn.Module) -> nn.Module:

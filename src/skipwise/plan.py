@@ -4,17 +4,23 @@ A plan is data. It is frozen, prints as JSON, and reading one never executes any
 for by architecture, stack lengths and width, so that it can be checked before it is applied.
 """
 
+import hashlib
 import json
+import shutil
+import tempfile
 from collections.abc import Mapping, Sequence
 from functools import cached_property
 from itertools import pairwise
 from pathlib import Path
 from typing import Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, ValidationError, model_validator
+from safetensors.torch import load as read_tensors
+from safetensors.torch import save as tensor_bytes
+from torch import Tensor
 
 from skipwise.errors import UserError, unknown
-from skipwise.files import write_atomically
+from skipwise.files import write_atomically, write_bytes_atomically
 
 FORMAT = "skipwise-plan/1"
 
@@ -37,12 +43,21 @@ class ModelShape(_Frozen):
 class Phase(_Frozen):
     """A part of the trajectory that ends at progress `until` (0 = all noise, 1 = done), and what is left out in it.
 
-    `model` names a lighter model that runs instead; None is the model itself.
+    `stand_in` says what skipped blocks leave behind: their mean residual ("constant"), a map of their normed input
+    ("linear"), or None, the identity. `model` names a lighter model that runs instead; None is the model itself.
     """
 
     until: float = Field(default=1.0, gt=0.0, le=1.0)
     skip: Blocks = {}
+    stand_in: Literal["constant", "linear"] | None = None
     model: str | None = None
+
+
+class Companion(_Frozen):
+    """A file or folder beside the plan, by name, and the checksum of its tensors."""
+
+    name: str
+    sha256: str
 
 
 class Provenance(_Frozen):
@@ -62,7 +77,15 @@ class Plan(_Frozen):
     model: ModelShape
     phases: tuple[Phase, ...] = (Phase(),)
     train: Blocks = {}
+    stand_ins: Companion | None = None
+    adapter: Companion | None = None
     made_by: Provenance = Provenance(method="by hand")
+
+    _folder: Path | None = PrivateAttr(default=None)  # where the companions are
+    _bytes: bytes | None = PrivateAttr(default=None)  # the stand-ins, before they are saved
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Plan) and self.model_dump() == other.model_dump()
 
     @model_validator(mode="after")
     def _check(self) -> Self:
@@ -72,6 +95,8 @@ class Plan(_Frozen):
         for blocks in (*(phase.skip for phase in self.phases), self.train):
             for stack, numbers in blocks.items():
                 self._check_blocks(stack, numbers)
+        if any(phase.stand_in for phase in self.phases) != (self.stand_ins is not None):
+            raise UserError("A plan names a file of stand-ins exactly when skipped blocks leave some behind.")
         return self
 
     def _check_blocks(self, stack: str, numbers: Sequence[int]) -> None:
@@ -94,11 +119,58 @@ class Plan(_Frozen):
     @cached_property
     def is_static(self) -> bool:
         """Whether the same blocks of the same model run at every step."""
-        return len({(phase.model, tuple(sorted(phase.skip.items()))) for phase in self.phases}) == 1
+        kinds = {(phase.model, phase.stand_in, tuple(sorted(phase.skip.items()))) for phase in self.phases}
+        return len(kinds) == 1 and (len(self.phases) == 1 or self.stand_ins is None)
 
     def phase_at(self, progress: float) -> Phase:
         """The phase that the step starting at `progress` in [0, 1) belongs to."""
-        return next((phase for phase in self.phases if progress < phase.until), self.phases[-1])
+        return self.phases[self.phase_number(progress)]
+
+    def phase_number(self, progress: float) -> int:
+        """The number of `phase_at(progress)`, from 0."""
+        return next((i for i, phase in enumerate(self.phases) if progress < phase.until), len(self.phases) - 1)
+
+    def with_stand_ins(self, kind: Literal["constant", "linear"], tensors: Mapping[str, Tensor]) -> "Plan":
+        """This plan, whose skipped blocks leave something behind; tensors by `skipwise.stand_ins.key`."""
+        content = tensor_bytes({name: tensor.contiguous() for name, tensor in tensors.items()})
+        phases = tuple(p.model_copy(update={"stand_in": kind if p.skip else None}) for p in self.phases)
+        companion = Companion(name="stand-ins.safetensors", sha256=hashlib.sha256(content).hexdigest())
+        plan = Plan.model_validate({**dict(self), "phases": phases, "stand_ins": companion})
+        plan._folder, plan._bytes = self._folder, content
+        return plan
+
+    def with_adapter(self, folder: Path) -> "Plan":
+        """This plan, with a LoRA adapter (a folder as peft writes it) that was trained to make good the loss."""
+        companion = Companion(name=folder.name, sha256=_adapter_sum(folder))
+        plan = Plan.model_validate({**dict(self), "adapter": companion})
+        plan._bytes = self._stand_in_bytes() if self.stand_ins else None
+        plan._folder = folder.parent
+        return plan
+
+    def stand_in_tensors(self) -> dict[str, Tensor]:
+        """The stand-ins' tensors. Raises UserError when their file is gone or is another one."""
+        return read_tensors(self._stand_in_bytes()) if self.stand_ins else {}
+
+    def _stand_in_bytes(self) -> bytes:
+        assert self.stand_ins is not None
+        if self._bytes is None:
+            content = _read_companion(self._path(self.stand_ins))
+            _check_sum(self.stand_ins, hashlib.sha256(content).hexdigest())
+            self._bytes = content
+        return self._bytes
+
+    def adapter_folder(self) -> Path | None:
+        """The folder of the adapter, checked. Raises UserError when it is gone or holds other weights."""
+        if self.adapter is None:
+            return None
+        folder = self._path(self.adapter)
+        _check_sum(self.adapter, _adapter_sum(folder))
+        return folder
+
+    def _path(self, companion: Companion) -> Path:
+        if Path(companion.name).name != companion.name:
+            raise UserError(f"The plan names {companion.name!r} beside it; a bare name is legal, a path is not.")
+        return (self._folder or Path()) / companion.name
 
     def check_model(self, shape: ModelShape) -> None:
         """Raise UserError, naming the difference, when this plan was made for another model."""
@@ -115,15 +187,28 @@ class Plan(_Frozen):
         parts = []
         for phase in self.phases:
             skipped = "; ".join(f"{stack}: {', '.join(map(str, n))}" for stack, n in phase.skip.items() if n)
-            what = f"run {phase.model}" if phase.model else f"skip {skipped}" if skipped else "run all blocks"
+            left = f" (a {phase.stand_in} stand-in each)" if phase.stand_in else ""
+            what = f"run {phase.model}" if phase.model else f"skip {skipped}{left}" if skipped else "run all blocks"
             parts.append(what if self.is_static else f"until {phase.until:g} {what}")
             if self.is_static:
                 break
-        return " | ".join(parts)
+        return " | ".join(parts) + (", healed by an adapter" if self.adapter else "")
 
     def save(self, path: str | Path) -> Path:
-        """Write the plan as JSON, whole or not at all, and return the path."""
-        return write_atomically(path, self.model_dump_json(indent=2) + "\n")
+        """Write the plan as JSON, whole or not at all, and return the path.
+
+        Its stand-ins and its adapter, if it has any, are written beside it first, under the plan's name.
+        """
+        path, companions = Path(path), {}
+        if self.stand_ins is not None:
+            content = self._stand_in_bytes()
+            companions["stand_ins"] = self.stand_ins.model_copy(update={"name": f"{path.stem}.stand-ins.safetensors"})
+            write_bytes_atomically(path.parent / companions["stand_ins"].name, content)
+        if self.adapter is not None and (source := self.adapter_folder()) is not None:
+            companions["adapter"] = self.adapter.model_copy(update={"name": f"{path.stem}.adapter"})
+            _copy_folder(source, path.parent / companions["adapter"].name)
+        saved = self.model_copy(update=companions)
+        return write_atomically(path, saved.model_dump_json(indent=2, exclude_none=True) + "\n")
 
     @classmethod
     def load(cls, path: str | Path) -> "Plan":
@@ -137,7 +222,9 @@ class Plan(_Frozen):
         if not isinstance(content, dict) or content.get("format") != FORMAT:
             found = content.get("format") if isinstance(content, dict) else type(content).__name__
             raise UserError(f"{path} is not a {FORMAT} file (its format is {found!r}). Make one with `skipwise plan`.")
-        return cls.parse(content, source=str(path))
+        plan = cls.parse(content, source=str(path))
+        plan._folder = Path(path).parent
+        return plan
 
     @classmethod
     def parse(cls, content: dict[str, Any], source: str = "plan") -> "Plan":
@@ -146,6 +233,38 @@ class Plan(_Frozen):
             return cls.model_validate(content)
         except ValidationError as error:
             raise UserError(f"{source}: {_first_problem(error, cls)}") from error
+
+
+def _read_companion(path: Path) -> bytes:
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        raise UserError(f"The plan needs {path}, which cannot be read; copy it beside the plan.") from error
+
+
+def _check_sum(companion: Companion, found: str) -> None:
+    if found != companion.sha256:
+        raise UserError(
+            f"{companion.name} is not the file that the plan was made with: its sha256 is {found[:12]}..., "
+            f"the plan says {companion.sha256[:12]}..."
+        )
+
+
+def _adapter_sum(folder: Path) -> str:
+    names = ("adapter_config.json", "adapter_model.safetensors")
+    return hashlib.sha256(b"".join(_read_companion(folder / name) for name in names)).hexdigest()
+
+
+def _copy_folder(source: Path, target: Path) -> None:
+    """Copy a folder through a temporary one beside the target, which it replaces."""
+    if source.resolve() == target.resolve():
+        return
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=target.parent) as work:
+        shutil.copytree(source, Path(work) / "new")
+        if target.exists():
+            target.rename(Path(work) / "old")
+        (Path(work) / "new").rename(target)
 
 
 def _first_problem(error: ValidationError, model: type[BaseModel]) -> str:

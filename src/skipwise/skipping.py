@@ -2,21 +2,24 @@
 
 A skipped block is removed from its list, with its entries in the config's per-layer lists and its place in the KV
 cache, so that the model is the one with those blocks deleted and pays nothing for them. Where the model minds a block's
-number (`Stack.in_place`), the block's place is kept by a module that returns its streams.
+number (`Stack.in_place`), the block's place is kept by a module that returns its streams. Stand-ins, where a plan has
+them, ride on the kept block before them.
 """
 
 import inspect
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 from weakref import WeakKeyDictionary
 
 from torch import Tensor, nn
 
+from skipwise.adapters import merged
 from skipwise.blocks import Contract, Stack, find_contract, layer_configs, layer_list_names, module_list
 from skipwise.errors import UserError
 from skipwise.plan import Plan
+from skipwise.stand_ins import Linear, build
 
 Undo = Callable[[], None]
 Skipped = dict[str, frozenset[int]]  # stack name -> block numbers
@@ -31,8 +34,7 @@ class PassThrough(nn.Module):
     def __init__(self, block: nn.Module, stack: Stack):
         super().__init__()
         self.__dict__["block"] = block  # not as a submodule: its parameters are not this one's
-        names = list(inspect.signature(type(block).forward).parameters)[1:]
-        self.places = [(stream.argument, names.index(stream.argument)) for stream in stack.streams]
+        self.places = _places(block, stack)
         self.outputs = [stream.output for stream in stack.streams]
         self.returns = stack.returns
 
@@ -48,23 +50,101 @@ class PassThrough(nn.Module):
         return tuple(by_place.get(place) for place in range(self.returns))
 
 
+class Accompanied(nn.Module):
+    """A block with the stand-ins of skipped blocks before and behind it, so that these take no place in the list.
+
+    Whoever asks it for what it lacks gets it from the block.
+    """
+
+    def __init__(self, block: nn.Module, stack: Stack, before: Sequence[nn.Module], behind: Sequence[nn.Module]):
+        super().__init__()
+        self.block = block
+        self.before, self.behind = nn.Sequential(*before), nn.Sequential(*behind)
+        ((self.argument, self.place),) = _places(block, stack)
+        self.output = stack.streams[0].output
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            return getattr(super().__getattr__("block"), name)
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """What the block returns, with the stream changed before it goes in and when it comes out."""
+        if self.argument in kwargs:
+            kwargs[self.argument] = self.before(kwargs[self.argument])
+        else:
+            args = (*args[: self.place], self.before(args[self.place]), *args[self.place + 1 :])
+        result = self.block(*args, **kwargs)
+        if self.output is None:
+            return self.behind(result)
+        return (*result[: self.output], self.behind(result[self.output]), *result[self.output + 1 :])
+
+
+def _places(block: nn.Module, stack: Stack) -> list[tuple[str, int]]:
+    """(name, position) of each stream's argument."""
+    if isinstance(block, PassThrough):
+        return block.places
+    names = list(inspect.signature(type(block).forward).parameters)[1:]
+    return [(stream.argument, names.index(stream.argument)) for stream in stack.streams]
+
+
+@dataclass(frozen=True)
+class Cut:
+    """What is cut out of a model: the skipped blocks of each stack, and what some of them leave behind."""
+
+    skipped: Skipped = field(default_factory=dict)
+    stand_ins: Mapping[str, Mapping[int, nn.Module]] = field(default_factory=dict)
+
+    @property
+    def linear(self) -> Skipped:
+        """The skipped blocks that leave a linear map behind, which costs FLOPs."""
+        return {
+            name: frozenset(number for number, module in modules.items() if isinstance(module, Linear))
+            for name, modules in self.stand_ins.items()
+        }
+
+    def __or__(self, inner: "Cut") -> "Cut":
+        names = [*self.skipped, *(name for name in inner.skipped if name not in self.skipped)]
+        skipped = {name: self.skipped.get(name, frozenset()) | inner.skipped.get(name, frozenset()) for name in names}
+        # a block that is skipped already is not there for an inner plan to replace
+        new = {
+            name: {n: m for n, m in modules.items() if n not in self.skipped.get(name, ())}
+            for name, modules in inner.stand_ins.items()
+        }
+        stand_ins = {name: {**new.get(name, {}), **self.stand_ins.get(name, {})} for name in {*new, *self.stand_ins}}
+        return Cut(skipped, stand_ins)
+
+
 class Skipping:
     """A model under a plan. `at(progress)` moves it to another phase; outside of phases nothing needs to be called."""
 
-    def __init__(self, model: nn.Module, contract: Contract, plan: Plan, outer: Skipped):
+    def __init__(self, model: nn.Module, contract: Contract, plan: Plan, outer: Cut):
         self.plan = plan
         self._model, self._contract, self._outer = model, contract, outer
         self._undo: Undo | None = None
-        self.skipped: Skipped = {}
+        tensors = plan.stand_in_tensors()
+        self._cuts = [self._of_phase(number, tensors) for number in range(len(plan.phases))]
+        self.cut = Cut()
 
     def at(self, progress: float) -> None:
         """Skip what the plan skips at `progress` through the trajectory (0 = all noise, 1 = done)."""
-        phase = self.plan.phase_at(progress)
-        wanted = merge(self._outer, phase.skip)
-        if self._undo is None or wanted != self.skipped:
+        wanted = self._cuts[self.plan.phase_number(progress)]
+        if self._undo is None or wanted != self.cut:
             self._restore()
             self._undo = apply(self._model, self._contract, wanted)
-            self.skipped = wanted
+            self.cut = wanted
+
+    def _of_phase(self, number: int, tensors: Mapping[str, Tensor]) -> Cut:
+        phase = self.plan.phases[number]
+        skipped = {name: frozenset(numbers) for name, numbers in phase.skip.items()}
+        if phase.stand_in is None:
+            return self._outer | Cut(skipped)
+        stand_ins = {}
+        for name, numbers in skipped.items():
+            like = next(p for p in module_list(self._model, name).parameters() if p.is_floating_point())
+            stand_ins[name] = {block: build(tensors, number, name, block, like) for block in sorted(numbers)}
+        return self._outer | Cut(skipped, stand_ins)
 
     def _restore(self) -> None:
         if self._undo is not None:
@@ -72,7 +152,7 @@ class Skipping:
             self._undo = None
 
     def _resume(self) -> None:
-        self._undo = apply(self._model, self._contract, self.skipped)
+        self._undo = apply(self._model, self._contract, self.cut)
 
 
 _active: WeakKeyDictionary[nn.Module, list[Skipping]] = WeakKeyDictionary()
@@ -83,6 +163,7 @@ def skip(model: nn.Module, plan: Plan, example: Mapping[str, Any] | None = None)
     """Run the model under a plan inside the `with`; the model is what it was afterwards, also on an exception.
 
     Block numbers always mean the whole model's. Nested plans add up: a block is skipped when any of them skips it.
+    A plan's stand-ins take the skipped blocks' places in the stream, its adapter is merged into the weights.
     example: keyword arguments of one forward, for a model that `skipwise.examples` has no inputs for.
     Raises UserError when the plan was made for another model.
     """
@@ -95,24 +176,27 @@ def skip(model: nn.Module, plan: Plan, example: Mapping[str, Any] | None = None)
         )
     stack = _active.setdefault(model, [])
     outer = stack[-1] if stack else None
-    skipping = Skipping(model, contract, plan, outer.skipped if outer else {})
     if outer:
         outer._restore()
-    stack.append(skipping)
     try:
-        skipping.at(0.0)
-        yield skipping
+        with merged(model, plan.adapter_folder()):
+            skipping = Skipping(model, contract, plan, outer.cut if outer else Cut())
+            stack.append(skipping)
+            try:
+                skipping.at(0.0)
+                yield skipping
+            finally:
+                stack.pop()
+                skipping._restore()
     finally:
-        stack.pop()
-        skipping._restore()
         if outer:
             outer._resume()
 
 
-def skipped_now(model: nn.Module) -> Skipped:
-    """The blocks that the plans in force skip at this moment."""
+def cut_now(model: nn.Module) -> Cut:
+    """What the plans in force cut out at this moment."""
     stack = _active.get(model, [])
-    return stack[-1].skipped if stack else {}
+    return stack[-1].cut if stack else Cut()
 
 
 @contextmanager
@@ -128,14 +212,8 @@ def whole(model: nn.Module) -> Iterator[None]:
             stack[-1]._resume()
 
 
-def merge(outer: Skipped, inner: Mapping[str, Iterable[int]]) -> Skipped:
-    """The union of two skip sets, stack by stack."""
-    names = [*outer, *(name for name in inner if name not in outer)]
-    return {name: frozenset(outer.get(name, ())) | frozenset(inner.get(name, ())) for name in names}
-
-
-def apply(model: nn.Module, contract: Contract, skipped: Skipped) -> Undo:
-    """Take the skipped blocks out of the model and return the function that puts everything back."""
+def apply(model: nn.Module, contract: Contract, cut: Cut) -> Undo:
+    """Cut blocks out of the model and return the function that puts everything back."""
     undo: list[Undo] = []
 
     def put_back() -> None:
@@ -143,14 +221,27 @@ def apply(model: nn.Module, contract: Contract, skipped: Skipped) -> Undo:
             undo.pop()()
 
     try:
-        for name, numbers in skipped.items():
+        for name, numbers in cut.skipped.items():
             if numbers:
-                edit = _stand_in if contract.stacks[name].in_place else _remove
-                edit(model, contract.stacks[name], numbers, undo)
+                _cut(model, contract.stacks[name], numbers, cut.stand_ins.get(name, {}), undo)
     except BaseException:
         put_back()
         raise
     return put_back
+
+
+def _cut(
+    model: nn.Module, stack: Stack, numbers: frozenset[int], stand_ins: Mapping[int, nn.Module], undo: list[Undo]
+) -> None:
+    if stand_ins and (len(stack.streams) > 1 or stack.coupled or stack.in_place):
+        raise UserError(
+            f"Blocks of {stack.name} cannot leave stand-ins behind: {stack.block_class} has several streams, minds its "
+            "number or shares its weights; use a plan without stand-ins."
+        )
+    if stack.in_place:
+        _pass_through(model, stack, numbers, undo)
+    else:
+        _remove(model, stack, numbers, stand_ins, undo)
 
 
 def _set(owner: Any, name: str, value: Any, undo: list[Undo]) -> None:
@@ -166,22 +257,40 @@ def _lists(model: nn.Module, stack: Stack) -> Iterator[tuple[str, nn.Module, str
         yield path, model.get_submodule(owner), attribute, module_list(model, path)
 
 
-def _stand_in(model: nn.Module, stack: Stack, numbers: frozenset[int], undo: list[Undo]) -> None:
+def _pass_through(model: nn.Module, stack: Stack, numbers: frozenset[int], undo: list[Undo]) -> None:
     for _, owner, attribute, blocks in _lists(model, stack):
         replaced = [PassThrough(block, stack) if i in numbers else block for i, block in enumerate(blocks)]
         _set(owner, attribute, nn.ModuleList(replaced), undo)
 
 
-def _remove(model: nn.Module, stack: Stack, numbers: frozenset[int], undo: list[Undo]) -> None:
+def _remove(
+    model: nn.Module, stack: Stack, numbers: frozenset[int], stand_ins: Mapping[int, nn.Module], undo: list[Undo]
+) -> None:
     kept = [i for i in range(stack.length) if i not in numbers]
+    if not kept and stand_ins:
+        kept = [0]  # a pass-through, because stand-ins need a place in the list
     configs: dict[int, Any] = {}
     for path, owner, attribute, blocks in _lists(model, stack):
         configs |= {id(config): config for config in layer_configs(model, path)}
         for new, old in enumerate(kept):
             _renumber(blocks[old], old, new, undo)
-        _set(owner, attribute, nn.ModuleList(blocks[i] for i in kept), undo)
+        left = [PassThrough(blocks[i], stack) if i in numbers else blocks[i] for i in kept]
+        _set(owner, attribute, nn.ModuleList(_accompany(left, stack, kept, stand_ins) if stand_ins else left), undo)
     for config in configs.values():
         _shorten(config, stack.length, kept, undo)
+
+
+def _accompany(
+    blocks: Sequence[nn.Module], stack: Stack, kept: Sequence[int], stand_ins: Mapping[int, nn.Module]
+) -> list[nn.Module]:
+    """Give stand-ins, in their order, to the kept block before them; those before the first kept block, to it."""
+    borders = [*kept[1:], stack.length]
+    accompanied = []
+    for block, number, border in zip(blocks, kept, borders, strict=True):
+        before = [stand_ins[i] for i in range(number) if i in stand_ins] if number == kept[0] else []
+        behind = [stand_ins[i] for i in range(number, border) if i in stand_ins]
+        accompanied.append(Accompanied(block, stack, before, behind) if before or behind else block)
+    return accompanied
 
 
 def _renumber(block: nn.Module, old: int, new: int, undo: list[Undo]) -> None:

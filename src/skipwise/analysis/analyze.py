@@ -15,8 +15,8 @@ from skipwise.blocks import Contract, find_contract
 from skipwise.cost import price_blocks
 from skipwise.errors import UserError
 from skipwise.examples import Size
-from skipwise.models import kind_of
-from skipwise.sampling.denoiser import Denoiser, Step, mask_token
+from skipwise.models import kind_of, mask_token
+from skipwise.sampling.denoiser import Denoiser, Step
 from skipwise.sampling.llada import LLaDASettings, decode
 from skipwise.versions import versions
 

@@ -83,6 +83,10 @@ class StateReader:
                 handle.remove()
             self._states = []
 
+    def boundaries(self) -> list[Tensor]:
+        """The last forward's boundary states, each (batch, length, width): what goes into every block, and the end."""
+        return list(self._states)
+
     def states(self, keep: Tensor) -> Tensor:
         """(blocks + 1, tokens, width): the last forward's states at positions where `keep` (batch, length) is true."""
         return torch.stack([state[keep] for state in self._states])

@@ -12,8 +12,7 @@ from torch.nn import functional as F
 from skipwise.errors import UserError
 from skipwise.evaluation.measure import Measured
 from skipwise.evaluation.texts import documents
-from skipwise.models import kind_of
-from skipwise.sampling.denoiser import mask_token
+from skipwise.models import kind_of, mask_token
 
 # Noise levels of a masked model's windows, one after the other (stratified, so that every window counts alike).
 NOISE_LEVELS = (0.15, 0.35, 0.55, 0.75, 0.95)

@@ -5,6 +5,8 @@ from typing import Literal
 from torch import nn
 from transformers.generation import GenerationMixin
 
+from skipwise.errors import UserError
+
 Kind = Literal["masked diffusion", "autoregressive", "encoder", "image or video diffusion"]
 
 
@@ -19,3 +21,11 @@ def kind_of(model: nn.Module) -> Kind:
     if hasattr(model, "config_name"):  # a diffusers model, without importing diffusers
         return "image or video diffusion"
     return "encoder"
+
+
+def mask_token(model: nn.Module) -> int:
+    """The id of the model's mask token. Raises UserError when its config has none."""
+    token = getattr(model.config, "mask_token_id", None)
+    if token is None:
+        raise UserError(f"{type(model).__name__} has no mask_token_id in its config; set model.config.mask_token_id.")
+    return int(token)

@@ -3,9 +3,9 @@
 import importlib
 import pkgutil
 
-from skipwise.planners.base import Choice, make_plan, planner_names
+from skipwise.planners.base import Allowance, Choice, make_plan, needs_model, planner_names
 
 for _module in pkgutil.iter_modules(__path__):
     importlib.import_module(f"{__name__}.{_module.name}")
 
-__all__ = ["Choice", "make_plan", "planner_names"]
+__all__ = ["Allowance", "Choice", "make_plan", "needs_model", "planner_names"]

@@ -3,12 +3,12 @@
 import random
 
 from skipwise.analysis.record import Analysis
-from skipwise.planners.base import Choice, planner
+from skipwise.planners.base import Allowance, Choice, planner
 
 
 @planner("random")
-def at_random(analysis: Analysis, stack: str, seed: int = 0) -> Choice:
+def at_random(analysis: Analysis, stack: str, allowance: Allowance, seed: int = 0) -> Choice:
     """A uniformly random order of the blocks, the same for the same seed."""
     order = list(range(analysis.model.stacks[stack]))
     random.Random(seed).shuffle(order)
-    return Choice(tuple(order))
+    return Choice(allowance.take(order))

@@ -6,11 +6,11 @@ consecutive skips hurt more than spread ones, hence the option to forbid neighbo
 """
 
 from skipwise.analysis.record import Analysis
-from skipwise.planners.base import Choice, planner
+from skipwise.planners.base import Allowance, Choice, planner
 
 
 @planner("similarity")
-def by_similarity(analysis: Analysis, stack: str, forbid_neighbours: bool = False) -> Choice:
+def by_similarity(analysis: Analysis, stack: str, allowance: Allowance, forbid_neighbours: bool = False) -> Choice:
     """Highest successive similarity first; with `forbid_neighbours`, never two adjacent blocks."""
     similarity = analysis.successive_similarity(stack)
     ranked = sorted(range(len(similarity)), key=lambda block: (-float(similarity[block]), block))
@@ -18,4 +18,4 @@ def by_similarity(analysis: Analysis, stack: str, forbid_neighbours: bool = Fals
     for block in ranked:
         if not forbid_neighbours or not {block - 1, block + 1} & set(order):
             order.append(block)
-    return Choice(tuple(order), {"successive_similarity": similarity.tolist()})
+    return Choice(allowance.take(order), {"successive_similarity": similarity.tolist()})

@@ -1,6 +1,6 @@
 """Decoding, one file a family. `generate` picks the family that a model belongs to and keeps the accounts."""
 
-from skipwise.sampling.denoiser import Denoiser, Step, mask_token
+from skipwise.sampling.denoiser import Denoiser, Step
 from skipwise.sampling.dream import DreamSettings
 from skipwise.sampling.generate import FAMILIES, Generated, Statistics, generate
 from skipwise.sampling.llada import LLaDASettings
@@ -16,5 +16,4 @@ __all__ = [
     "Statistics",
     "Step",
     "generate",
-    "mask_token",
 ]

@@ -6,8 +6,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from skipwise.errors import UserError
-from skipwise.skipping import Skipped, Skipping, skipped_now
+from skipwise.models import mask_token
+from skipwise.skipping import Cut, Skipping, cut_now
 
 
 @dataclass(frozen=True)
@@ -26,9 +26,9 @@ class Step:
 
 @dataclass(frozen=True)
 class Forward:
-    """One call of the model as it happened: which blocks were skipped, and how many sequences it saw."""
+    """One call of the model as it happened: what was cut out of it, and how many sequences it saw."""
 
-    skipped: Skipped
+    cut: Cut
     rows: int
 
 
@@ -46,24 +46,16 @@ class Denoiser:
         """Id of the model's mask token. Raises UserError when its config has none."""
         return mask_token(self.model)
 
-    def at(self, progress: float) -> Skipped:
-        """Move to the plan's phase at `progress`; returns what is skipped there, so that caches can be dropped."""
+    def at(self, progress: float) -> Cut:
+        """Move to the plan's phase at `progress`; returns what is cut out there, so that caches can be dropped."""
         if self.skipping is not None:
             self.skipping.at(progress)
-        return skipped_now(self.model)
+        return cut_now(self.model)
 
     def __call__(self, step: Step, inputs: Tensor, attention_mask: Tensor | None = None, **others: Any) -> Tensor:
         """Logits (rows, length, vocabulary) of `inputs` (rows, length) at this step. `others` go to the model."""
-        skipped = self.at(step.progress)
+        cut = self.at(step.progress)
         if self.on_step is not None:
             self.on_step(step)
-        self.forwards.append(Forward(skipped, len(inputs)))
+        self.forwards.append(Forward(cut, len(inputs)))
         return self.model(input_ids=inputs, attention_mask=attention_mask, **others).logits
-
-
-def mask_token(model: nn.Module) -> int:
-    """The id of the model's mask token. Raises UserError when its config has none."""
-    token = getattr(model.config, "mask_token_id", None)
-    if token is None:
-        raise UserError(f"{type(model).__name__} has no mask_token_id in its config; set model.config.mask_token_id.")
-    return int(token)

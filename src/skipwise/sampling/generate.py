@@ -18,7 +18,7 @@ from skipwise.sampling import dream, llada, mdlm
 from skipwise.sampling.autoregressive import decode_autoregressive
 from skipwise.sampling.canvas import Settings
 from skipwise.sampling.denoiser import Denoiser, Step
-from skipwise.skipping import Skipped, skip, skipped_now
+from skipwise.skipping import Cut, cut_now, skip
 
 
 @dataclass(frozen=True)
@@ -104,11 +104,9 @@ def generate(
         began = time.perf_counter()
         sequences = decode_autoregressive(model, input_ids, attention_mask, gen_length, temperature, seed, stop_at_eos)
         seconds = time.perf_counter() - began
-        skipped = skipped_now(model)
+        cut = cut_now(model)
     new = sequences.shape[1] - input_ids.shape[1]
-    return Generated(
-        sequences, _cached_statistics(prices, skipped, input_ids.shape[0], input_ids.shape[1], new, seconds)
-    )
+    return Generated(sequences, _cached_statistics(prices, cut, input_ids.shape[0], input_ids.shape[1], new, seconds))
 
 
 def _family(model: nn.Module, name: str | None) -> Family:
@@ -150,8 +148,8 @@ def _diffuse(
         sequences,
         Statistics(
             forwards=len(ran),
-            block_flops=sum(forward.rows * prices.of_blocks(forward.skipped).flops for forward in ran),
-            all_in_flops=sum(forward.rows * prices.forward(forward.skipped).flops for forward in ran),
+            block_flops=sum(f.rows * prices.of_blocks(f.cut.skipped, f.cut.linear).flops for f in ran),
+            all_in_flops=sum(f.rows * prices.forward(f.cut.skipped, f.cut.linear).flops for f in ran),
             whole_all_in_flops=sum(forward.rows for forward in ran) * prices.forward().flops,
             seconds=seconds,
         ),
@@ -163,9 +161,7 @@ def _synchronize(device: torch.device) -> None:
         torch.cuda.synchronize(device)
 
 
-def _cached_statistics(
-    prices: Prices, skipped: Skipped, batch: int, prompt: int, new: int, seconds: float
-) -> Statistics:
+def _cached_statistics(prices: Prices, cut: Cut, batch: int, prompt: int, new: int, seconds: float) -> Statistics:
     """FLOPs of decoding with a KV cache, from the prices of one forward at the full length.
 
     The last new token is never run through the model, so prompt + new - 1 positions are, each once; the prompt's attend
@@ -176,16 +172,16 @@ def _cached_statistics(
     length = prices.size.tokens if prices.size else positions
     pairs = prompt**2 + sum(range(prompt + 1, positions + 1))
 
-    def blocks(skip: Skipped) -> int:
-        price = prices.of_blocks(skip)
+    def blocks(cut: Cut) -> int:
+        price = prices.of_blocks(cut.skipped, cut.linear)
         linear = (price.flops - price.attention_flops) * positions // length
         return linear + price.attention_flops * pairs // length**2
 
     head = prices.outside.flops * new // length
     return Statistics(
         forwards=new,
-        block_flops=batch * blocks(skipped),
-        all_in_flops=batch * (blocks(skipped) + head),
-        whole_all_in_flops=batch * (blocks({}) + head),
+        block_flops=batch * blocks(cut),
+        all_in_flops=batch * (blocks(cut) + head),
+        whole_all_in_flops=batch * (blocks(Cut()) + head),
         seconds=seconds,
     )

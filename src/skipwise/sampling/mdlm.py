@@ -15,7 +15,7 @@ from torch import Tensor
 from skipwise.sampling.canvas import Canvas, Settings
 from skipwise.sampling.denoiser import Denoiser, Step
 from skipwise.sampling.noise import Noise, gumbel_argmax
-from skipwise.skipping import Skipped
+from skipwise.skipping import Cut
 
 Sampler = Literal["first_hitting", "ddpm", "ddpm_cache"]
 SAMPLERS = ("first_hitting", "ddpm", "ddpm_cache")
@@ -95,7 +95,7 @@ class _Ancestral:
         device = canvas.sequences.device
         self.generator = torch.Generator(device).manual_seed(settings.seed)
         self.noise = Noise(settings.seed, len(canvas.sequences), device)
-        self._cached: tuple[Skipped, Tensor] | None = None
+        self._cached: tuple[Cut, Tensor] | None = None
 
     def fill(self) -> None:
         """Fill the canvas."""
@@ -116,13 +116,13 @@ class _Ancestral:
     def _predict(self, index: int, time: Tensor) -> Tensor:
         """p(x0), from the last forward where that is allowed: same tokens, same blocks, a model not told the time."""
         step = self.canvas.step(index, self.steps)
-        skipped = self.denoiser.at(step.progress)
-        if self._cached is not None and self._cached[0] == skipped:
+        cut = self.denoiser.at(step.progress)
+        if self._cached is not None and self._cached[0] == cut:
             return self._cached[1]
         probabilities = predict(self.denoiser, step, self.canvas, time)
         conditioned = getattr(self.denoiser.model.config, "time_conditioning", False)
         if self.settings.sampler == "ddpm_cache" and not conditioned:
-            self._cached = skipped, probabilities
+            self._cached = cut, probabilities
         return probabilities
 
     def _advance(self, index: int, probabilities: Tensor, time: Tensor, dt: float) -> None:

@@ -1,0 +1,120 @@
+"""Calibration data: what plans are chosen, stand-ins fitted and adapters trained on, the same for all of them.
+
+A diffusion model sees its texts with part of the tokens masked, as it does while it decodes; which part of the
+trajectory that is, 0 = all noise to 1 = done, is the share of tokens that is known.
+"""
+
+import hashlib
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from skipwise.errors import UserError
+from skipwise.models import kind_of, mask_token
+
+# A text, or a (prompt, answer) pair of which a diffusion model never sees the prompt masked.
+Text = str | tuple[str, str]
+
+
+@dataclass(frozen=True)
+class Sample:
+    """Token ids of one text; the first `prompt` of them are given, the rest is what a model produces."""
+
+    ids: tuple[int, ...]
+    prompt: int
+
+
+def tokenize(tokenizer: Any, texts: Sequence[Text], max_tokens: int = 512) -> list[Sample]:
+    """Samples of two tokens or more, cut to `max_tokens`; of a plain text the first half is given.
+
+    Raises UserError when no text is long enough.
+    """
+    samples = []
+    for text in texts:
+        prompt, answer = (text, "") if isinstance(text, str) else text
+        ids = tokenizer(prompt + answer)["input_ids"][:max_tokens]
+        kept = len(tokenizer(prompt)["input_ids"]) if answer else len(ids) // 2
+        if len(ids) > 1:
+            samples.append(Sample(tuple(ids), min(kept, len(ids) - 1)))
+    if not samples:
+        raise UserError("None of the calibration texts has two tokens; give at least one text of two tokens or more.")
+    return samples
+
+
+def fingerprint(samples: Sequence[Sample]) -> dict[str, Any]:
+    """What a plan remembers of its calibration data."""
+    digest = hashlib.sha256(repr([sample.ids for sample in samples]).encode()).hexdigest()
+    return {"sha256": digest, "tokens": sum(len(sample.ids) for sample in samples), "texts": len(samples)}
+
+
+def equal_shapes(samples: Sequence[Sample], batch_size: int) -> Iterator[list[Sample]]:
+    """Batches of samples of equal shape, so that nothing is padded."""
+    groups: dict[tuple[int, int], list[Sample]] = defaultdict(list)
+    for sample in samples:
+        groups[len(sample.ids), sample.prompt].append(sample)
+    for group in groups.values():
+        for start in range(0, len(group), batch_size):
+            yield group[start : start + batch_size]
+
+
+@dataclass(frozen=True)
+class Batch:
+    """inputs (batch, length): what the model sees; predicted (batch, length): where what it says next matters."""
+
+    inputs: Tensor
+    predicted: Tensor
+
+
+@dataclass
+class Calibration:
+    """A model and the data that methods may run it on. `seed` draws what is masked; an epoch draws anew."""
+
+    model: nn.Module
+    samples: Sequence[Sample]
+    batch_size: int = 64
+    seed: int = 0
+    facts: dict[str, Any] = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.facts = fingerprint(self.samples)
+
+    @classmethod
+    def of(
+        cls, model: nn.Module, tokenizer: Any, texts: Sequence[Text], *, max_tokens: int = 512, **others: Any
+    ) -> "Calibration":
+        """Calibration on `texts`, cut to `max_tokens`. Raises UserError when no text is long enough."""
+        return cls(model, tokenize(tokenizer, texts, max_tokens), **others)
+
+    def batches(self, begin: float = 0.0, end: float = 1.0, epoch: int = 0) -> Iterator[Batch]:
+        """All samples once, of a diffusion model at progress `begin` to `end` of the trajectory."""
+        generator = torch.Generator().manual_seed(self.seed * 1_000_003 + epoch)
+        device = next(self.model.parameters()).device
+        for group in equal_shapes(self.samples, self.batch_size):
+            ids = torch.tensor([sample.ids for sample in group])
+            if kind_of(self.model) == "autoregressive":
+                batch = _causal(ids, group[0].prompt)
+            else:
+                batch = _noised(ids, group[0].prompt, mask_token(self.model), begin, end, generator)
+            yield Batch(batch.inputs.to(device), batch.predicted.to(device))
+
+
+def _causal(ids: Tensor, prompt: int) -> Batch:
+    """Every position from the last given one on predicts its successor."""
+    places = torch.arange(ids.shape[1])
+    return Batch(ids, ((places >= prompt - 1) & (places < ids.shape[1] - 1)).expand_as(ids))
+
+
+def _noised(ids: Tensor, prompt: int, mask: int, begin: float, end: float, generator: torch.Generator) -> Batch:
+    """Mask k of the n tokens that are not given, 1 - k/n uniform in [begin, end); rows are stratified."""
+    batch, length = ids.shape
+    n = length - prompt
+    strata = (torch.arange(batch) + torch.rand(batch, generator=generator)) / batch
+    known = begin + (end - begin) * strata[torch.randperm(batch, generator=generator)]
+    k = (n - (known * n).floor()).long().clamp(1, n)
+    rank = torch.rand(batch, n, generator=generator).argsort(1).argsort(1)
+    masked = torch.cat([torch.zeros(batch, prompt, dtype=torch.bool), rank < k[:, None]], dim=1)
+    return Batch(ids.masked_fill(masked, mask), masked)
