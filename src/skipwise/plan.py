@@ -139,10 +139,14 @@ class Plan(_Frozen):
         plan._folder, plan._bytes = self._folder, content
         return plan
 
-    def with_adapter(self, folder: Path) -> "Plan":
-        """This plan, with a LoRA adapter (a folder as peft writes it) that was trained to make good the loss."""
+    def with_adapter(self, folder: Path, settings: Mapping[str, Any] | None = None) -> "Plan":
+        """This plan, with a LoRA adapter (a folder as peft writes it) that was trained to make good the loss.
+
+        settings: added to those that the plan was made with.
+        """
         companion = Companion(name=folder.name, sha256=_adapter_sum(folder))
-        plan = Plan.model_validate({**dict(self), "adapter": companion})
+        made_by = self.made_by.model_copy(update={"settings": self.made_by.settings | dict(settings or {})})
+        plan = Plan.model_validate({**dict(self), "adapter": companion, "made_by": made_by})
         plan._bytes = self._stand_in_bytes() if self.stand_ins else None
         plan._folder = folder.parent
         return plan
