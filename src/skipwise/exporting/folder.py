@@ -36,9 +36,7 @@ def whole_or_absent(target: Path, size: int) -> Iterator[Path]:
     parent = check_writable(target.absolute().parent)
     marker = f".{target.name}.partial-"
     for stale in parent.glob(f"{glob.escape(marker)}*"):
-        gone = stale.rename(
-            f"{stale}-gone"
-        )  # at once, so that a run that is still at it fails instead of half succeeding
+        gone = stale.rename(f"{stale}-gone")  # at once: a run that is still at it must fail, not end with half of it
         shutil.rmtree(gone, ignore_errors=True)
     free = shutil.disk_usage(parent).free
     if free < size + SPARE:
