@@ -37,7 +37,7 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 FETCHED = {"smollm2-135m": "smollm2"}
 
 # What may be fetched from a hub: no code, no pickle.
-PATTERNS = ["*.json", "*.safetensors", "*.txt", "*.model", "*.jinja", "*.gguf"]
+PATTERNS = ["*.json", "*.safetensors", "*.txt", "*.model", "*.jinja", "*.gguf", "README.md", "LICENSE*", "NOTICE*"]
 
 
 @dataclass(frozen=True)

@@ -53,7 +53,7 @@ def export(plan: Plan, source: str | Path, target: str | Path, example: Mapping[
     saved = estimate(skeleton, plan, example=example).saved_block_flops
     card = write_card(Export(plan, found, smaller, saved, before, after), target.name)
     with whole_or_absent(target, after) as folder:
-        copy_files(found.folder, folder)
+        copy_files(found, folder)
         rewrite(checkpoint, moves, folder, _unchanged)
         write_atomically(folder / "config.json", json.dumps(smaller, indent=2) + "\n")
         write_atomically(folder / "README.md", card)

@@ -43,7 +43,7 @@ def write_card(export: Export, name: str) -> str:
         _table(export.plan),
         f"This saves {export.saved:.2%} of block FLOPs (a count by formula, not a measured speed-up) and "
         f"{1 - export.after / export.before:.2%} of the weights ({export.after / 1e9:.3g} of {export.before / 1e9:.3g} "
-        "GB are left). It also costs quality; how much, `skipwise eval` measures on the source with the plan.",
+        "GB are left). What it costs in quality is not measured here.",
     ]
     if pipeline:
         parts.append(
@@ -65,7 +65,7 @@ def _front_matter(export: Export) -> ModelCardData:
     hub = export.source.name if _is_hub_id(export.source) else None
     library = "diffusers" if "_class_name" in export.config else "transformers"
     library = "skipwise" if export.config.get("model_type") in NATIVE else library
-    card = _card_data(export.source.folder / "README.md")
+    card = _card_data((pipeline_root(export.source) or export.source.folder) / "README.md")
     inherited: dict[str, Any] = {key: card[key] for key in INHERITED if key in card}
     return ModelCardData(base_model=hub, library_name=library, tags=["skipwise", "depth-pruning"], **inherited)
 
@@ -89,12 +89,18 @@ def _base(source: Source) -> str:
     return Path(source.name).expanduser().resolve().name
 
 
+def pipeline_root(source: Source) -> Path | None:
+    """The folder of the diffusers pipeline that the source is the transformer of."""
+    root = source.folder.parent
+    return root if source.folder.name == "transformer" and (root / "model_index.json").exists() else None
+
+
 def _pipeline(source: Source) -> str | None:
-    """The class of the pipeline that the source's folder is a part of."""
-    index = source.folder.parent / "model_index.json"
-    if source.folder.name != "transformer" or not index.exists():
+    """The class of that pipeline."""
+    root = pipeline_root(source)
+    if root is None:
         return None
-    return json.loads(index.read_text(encoding="utf-8")).get("_class_name") or "DiffusionPipeline"
+    return json.loads((root / "model_index.json").read_text(encoding="utf-8")).get("_class_name", "DiffusionPipeline")
 
 
 def _what_is_skipped(plan: Plan) -> str:

@@ -17,7 +17,8 @@ from skipwise.files import write_atomically
 # what transformers and diffusers call the weights: NAME.safetensors, or shards listed in NAME.safetensors.index.json
 STEMS = ("model", "diffusion_pytorch_model")
 
-# (name of the parameter in the whole source model, its tensor) -> the tensor to write, of the same shape and dtype
+# (name of the parameter in the loaded source model, its tensor) -> the tensor to write, of the same shape and dtype.
+# Where loading fuses tensors (experts), several come under the name of the one that they become.
 Transform = Callable[[str, Tensor], Tensor]
 
 

@@ -9,8 +9,9 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from skipwise.errors import UserError
-from skipwise.exporting.card import PLAN_FILE
+from skipwise.exporting.card import PLAN_FILE, pipeline_root
 from skipwise.files import check_writable, write_atomically
+from skipwise.loading import Source
 
 # What is carried over beside the weights: tokenizer, chat templates, generation settings, licences. No code, no pickle.
 SUFFIXES = (".json", ".txt", ".model", ".jinja", ".tiktoken")
@@ -59,18 +60,27 @@ def whole_or_absent(target: Path, size: int) -> Iterator[Path]:
         shutil.rmtree(partial, ignore_errors=True)
 
 
-def copy_files(source: Path, target: Path) -> None:
+def copy_files(source: Source, target: Path) -> None:
     """Everything but weights and code; pointers to code that stayed behind are taken out."""
-    for path in [*source.iterdir(), *source.glob("additional_chat_templates/*")]:
-        legal = path.name.upper().startswith(LEGAL) and path.suffix in LEGAL_SUFFIXES
-        wanted = path.suffix in SUFFIXES and not path.name.endswith(".index.json")
-        if not path.is_file() or path.name in REPLACED or not (wanted or legal):
-            continue
-        copy = target / path.relative_to(source)
-        copy.parent.mkdir(exist_ok=True)
-        shutil.copyfile(path, copy)
-        if path.suffix == ".json":
-            _drop_auto_map(copy)
+    folder, root = source.folder, pipeline_root(source)
+    files = [path for path in folder.iterdir() if _is_settings(path) or _is_legal(path)]
+    files += [path for path in root.iterdir() if _is_legal(path)] if root else []
+    for path in files:
+        shutil.copyfile(path, target / path.name)
+    for path in folder.glob("additional_chat_templates/*.jinja"):
+        (target / path.parent.name).mkdir(exist_ok=True)
+        shutil.copyfile(path, target / path.parent.name / path.name)
+    for path in target.glob("*.json"):
+        _drop_auto_map(path)
+
+
+def _is_settings(path: Path) -> bool:
+    index = path.name.endswith(".index.json")
+    return path.is_file() and path.suffix in SUFFIXES and path.name not in REPLACED and not index
+
+
+def _is_legal(path: Path) -> bool:
+    return path.is_file() and path.name.upper().startswith(LEGAL) and path.suffix in LEGAL_SUFFIXES
 
 
 def _drop_auto_map(path: Path) -> None:
