@@ -620,6 +620,12 @@ def test_broken_sources(damage: Callable[[Path], None], message: str, plan: sw.P
     fails(plan, source, message)
 
 
+def test_sources_that_are_no_folder_of_safetensors(plan: sw.Plan, tmp_path: Path) -> None:
+    (tmp_path / "m.gguf").write_bytes(b"GGUF")
+    fails(plan, tmp_path / "m.gguf", "is a GGUF file; export its safetensors original")
+    fails(plan, tmp_path / "absent", "Unknown model")
+
+
 def test_a_full_disk_is_seen_before_anything_is_written(
     llama: Path, plan: sw.Plan, monkeypatch: pytest.MonkeyPatch
 ) -> None:
