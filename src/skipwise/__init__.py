@@ -9,6 +9,7 @@ if TYPE_CHECKING:
     from skipwise.cost import estimate
     from skipwise.errors import UserError
     from skipwise.evaluation import Result, evaluate
+    from skipwise.exporting import export
     from skipwise.loading import load, load_skeleton
     from skipwise.plan import Plan
     from skipwise.planners import make_plan
@@ -25,6 +26,7 @@ _HOMES = {
     "analyze": "analysis",
     "estimate": "cost",
     "evaluate": "evaluation",
+    "export": "exporting",
     "find_contract": "blocks",
     "generate": "sampling",
     "load": "loading",
@@ -42,6 +44,7 @@ __all__ = [
     "analyze",
     "estimate",
     "evaluate",
+    "export",
     "find_contract",
     "generate",
     "load",

@@ -37,7 +37,7 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 FETCHED = {"smollm2-135m": "smollm2"}
 
 # What may be fetched from a hub: no code, no pickle.
-PATTERNS = ["*.json", "*.safetensors", "*.txt", "*.model", "*.jinja", "*.gguf"]
+PATTERNS = ["*.json", "*.safetensors", "*.txt", "*.model", "*.jinja", "*.gguf", "README.md", "LICENSE*", "NOTICE*"]
 
 
 @dataclass(frozen=True)
@@ -74,7 +74,7 @@ def load(
     if dtype is not None and dtype not in DTYPES:
         raise unknown("dtype", dtype, DTYPES)
     source = find(name, revision)
-    with _readable_errors(source):
+    with readable_errors(source):
         model = _load_gguf(source, dtype) if source.gguf else _load_folder(source, dtype)
         tokenizer = _load_tokenizer(source)
     model = model.eval()
@@ -96,12 +96,12 @@ def load_skeleton(name: str, *, dtype: str | None = None, revision: str | None =
 
 def _skeleton(name: str, revision: str | None) -> nn.Module:
     if name in presets.names():
-        return _build(presets.read(name), name)
+        return build_skeleton(presets.read(name), name)
     source = find(name, revision, weights=False)
     if source.gguf:
         raise UserError(f"{name} is a GGUF file, whose config comes with its weights; load it instead.")
-    with _readable_errors(source):
-        return _build(source.config, name)
+    with readable_errors(source):
+        return build_skeleton(source.config, name)
 
 
 def embedded_names() -> list[str]:
@@ -147,7 +147,7 @@ def _from_hub(name: str, revision: str | None, weights: bool) -> Source:
 
 
 @contextmanager
-def _readable_errors(source: Source) -> Iterator[None]:
+def readable_errors(source: Source) -> Iterator[None]:
     """Turn the libraries' complaints about files into one line."""
     try:
         yield
@@ -165,7 +165,7 @@ def _readable_errors(source: Source) -> Iterator[None]:
 def _load_folder(source: Source, dtype: str | None) -> Any:
     config = source.config
     model_class, settings = _recipe(config, source.name)
-    _check_weights(source)
+    check_weights(source)
     if "_class_name" in config:
         chosen = {"torch_dtype": DTYPES[dtype]} if dtype else {}
         return model_class.from_pretrained(source.folder, use_safetensors=True, **chosen)
@@ -204,7 +204,8 @@ def _recipe(config: dict[str, Any], name: str) -> tuple[Any, dict[str, Any]]:
     return getattr(transformers, architecture, transformers.AutoModelForCausalLM), {}
 
 
-def _check_weights(source: Source) -> None:
+def check_weights(source: Source) -> None:
+    """Raise UserError, with the reason, when the folder has no safetensors."""
     if any(source.folder.glob("*.safetensors")):
         return
     pickles = [path.name for pattern in ("*.bin", "*.pt", "*.pth", "*.ckpt") for path in source.folder.glob(pattern)]
@@ -265,7 +266,8 @@ def _load_tokenizer(source: Source) -> Any:
         return transformers.AutoTokenizer.from_pretrained(source.folder, trust_remote_code=False, padding_side="left")
 
 
-def _build(config: dict[str, Any], name: str) -> nn.Module:
+def build_skeleton(config: dict[str, Any], name: str) -> nn.Module:
+    """The model that the dictionary of a config.json describes, on the meta device. name: for error messages."""
     model_class, settings = _recipe(config, name)
     with torch.device("meta"):
         if "_class_name" in config:

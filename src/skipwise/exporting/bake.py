@@ -1,0 +1,150 @@
+"""`export`: bake a static plan into a smaller checkpoint of the same architecture.
+
+The model is never loaded: its skeleton says what a plan means, and the weights are carried over shard by shard. Skipped
+blocks' tensors are left behind, later blocks renumbered, the config shortened. The target is whole or absent.
+"""
+
+import json
+import re
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor, nn
+
+from skipwise.blocks import Contract, find_contract
+from skipwise.cost import estimate
+from skipwise.errors import UserError
+from skipwise.exporting.card import PLAN_FILE, Export, write_card
+from skipwise.exporting.checkpoint import Checkpoint, Move, read_checkpoint, rewrite
+from skipwise.exporting.config import Build, Config, cut_config, cuts_of, resolved_config
+from skipwise.exporting.folder import check_absent, copy_files, whole_or_absent
+from skipwise.exporting.keys import plan_moves
+from skipwise.files import write_atomically
+from skipwise.loading import NATIVE, Source, build_skeleton, check_weights, find, readable_errors
+from skipwise.plan import Plan
+
+
+def export(plan: Plan, source: str | Path, target: str | Path, example: Mapping[str, Any] | None = None) -> Path:
+    """Write the source model without the blocks that the plan skips to the folder `target`, and return its path.
+
+    source: what `load` takes: an embedded name, a folder of safetensors or a hub id; of a diffusers pipeline its
+    transformer is exported. Its logits are, bit for bit, those of the source under `skip(model, plan)`. Memory holds
+    one shard at a time. example: keyword arguments of one forward, for a model that skipwise has no inputs for.
+    Raises UserError, and leaves no target, for a plan that is not static or of another model, for a model whose config
+    cannot describe the kept blocks, for weights that are incomplete or pickled, and for a target that holds something.
+    """
+    _check_exportable(plan)
+    target = Path(target).expanduser()
+    check_absent(target)
+    found = find(str(source), weights=False)
+    if found.gguf:
+        raise UserError(f"{source} is a GGUF file; export its safetensors original, then convert the export.")
+    config = found.config
+    with readable_errors(found):
+        smaller, skeleton, twin = _shorten(config, found.name, plan, example)
+        found = replace(find(str(source)), name=str(source))
+        _check_weights(found)
+        checkpoint = read_checkpoint(found.folder, found.name)
+        mapping = NATIVE[config["model_type"]][2] if config.get("model_type") in NATIVE else None
+        moves = plan_moves(checkpoint, skeleton, twin, cuts_of(plan), mapping)
+    before, after = _sizes(checkpoint, moves)
+    saved = estimate(skeleton, plan, example=example).saved_block_flops
+    card = write_card(Export(plan, found, smaller, saved, before, after), target.name)
+    with whole_or_absent(target, after) as folder:
+        copy_files(found, folder)
+        rewrite(checkpoint, moves, folder, _unchanged)
+        write_atomically(folder / "config.json", json.dumps(smaller, indent=2) + "\n")
+        write_atomically(folder / "README.md", card)
+        plan.save(folder / PLAN_FILE)
+    return target
+
+
+def _unchanged(name: str, tensor: Tensor) -> Tensor:
+    """The tensor of the whole source model's parameter `name`, as it is written."""
+    return tensor
+
+
+def _check_exportable(plan: Plan) -> None:
+    """Raise UserError for a plan that no checkpoint can hold."""
+    if not plan.is_static:
+        raise UserError("This plan has phases, and a checkpoint is the same at every step; export a static plan.")
+    phase = plan.phases[0]
+    if phase.model is not None:
+        raise UserError(f"This plan runs another model, {phase.model!r}; export that model itself.")
+    if not any(phase.skip.values()):
+        raise UserError(
+            "This plan skips no block: the export would be the source itself. Make one with `skipwise plan`."
+        )
+    for cut in cuts_of(plan):
+        if not cut.kept:
+            raise UserError(
+                f"This plan skips all {cut.length} blocks of {cut.stack}; at least one must be left to export."
+            )
+
+
+def _shorten(
+    config: Config, name: str, plan: Plan, example: Mapping[str, Any] | None
+) -> tuple[Config, nn.Module, nn.Module]:
+    """(config.json of the export, skeleton of the source, skeleton of the export)."""
+    build: Build = lambda config: build_skeleton(config, name)  # noqa: E731
+    skeleton = build(config)
+    contract = find_contract(skeleton, example)
+    plan.check_model(contract.shape)
+    _check_source(config, skeleton, contract, plan)
+    smaller, twin = cut_config(config, skeleton, plan, build)
+    return smaller, skeleton, twin
+
+
+def _check_source(config: Config, model: nn.Module, contract: Contract, plan: Plan) -> None:
+    """Raise UserError for a model whose blocks cannot be left out of a file."""
+    if "quantization_config" in config:
+        raise UserError("The source is quantised; export the original checkpoint, then quantise the export.")
+    for cut in cuts_of(plan):
+        stack = contract.stacks[cut.stack]
+        if stack.in_place or stack.coupled:
+            why = f"share their weights with {', '.join(stack.coupled)}" if stack.coupled else "depend on their number"
+            raise UserError(
+                f"{contract.architecture} cannot be exported: the blocks of {cut.stack} {why}, so that a checkpoint "
+                "without some of them is another model; use the plan with `skip` instead."
+            )
+    sharing = _shared_between_blocks(model, plan) or _shares_caches(resolved_config(model))
+    if sharing:
+        raise UserError(f"{contract.architecture} cannot be exported: {sharing}; use the plan with `skip` instead.")
+
+
+def _shared_between_blocks(model: nn.Module, plan: Plan) -> str | None:
+    """A parameter of a planned block that something outside of it holds too, and would lose."""
+    stacks = [re.escape(cut.stack) for cut in cuts_of(plan)]
+    block = re.compile(rf"(?:{'|'.join(stacks)})\.\d+\.")
+    holders: dict[int, tuple[str, str]] = {}  # id of a parameter -> its first name and the block that this is in
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        found = block.match(name)
+        owner = found[0] if found else ""
+        other, other_owner = holders.setdefault(id(parameter), (name, owner))
+        if owner != other_owner:
+            return f"{name} is the same tensor as {other}"
+    return None
+
+
+def _shares_caches(config: Config) -> str | None:
+    """Later blocks that read the keys and values of earlier ones (Gemma3n) are known by their config alone."""
+    for key, value in config.items():
+        if isinstance(value, dict) and (found := _shares_caches(value)):
+            return found
+        if "kv_shared" in str(key) and value:
+            return f"its blocks share keys and values ({key} is {value!r})"
+    return None
+
+
+def _check_weights(source: Source) -> None:
+    check_weights(source)
+    if (source.folder / "adapter_config.json").exists():
+        raise UserError(f"{source.name} has an adapter beside its weights; merge it into them first.")
+
+
+def _sizes(checkpoint: Checkpoint, moves: Mapping[str, Move]) -> tuple[int, int]:
+    """Bytes of the weights before and after."""
+    sizes = {key: entry.size for key, entry in checkpoint.entries.items()}
+    return sum(sizes.values()), sum(sizes[key] for key in moves)

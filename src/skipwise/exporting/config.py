@@ -1,0 +1,201 @@
+"""The config.json of the smaller model, found by trial and proved by building it.
+
+Nothing here knows a config by name. Whichever number sets a stack's length is the one to lower. The result is held
+against the only definition of what a plan means, the source model under `skip`: the model that the new config builds
+must have the same modules, with the same settings and the same shapes, block by block.
+"""
+
+import copy
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
+
+from skipwise.blocks import layer_configs, layer_list_names, module_list
+from skipwise.errors import UserError
+from skipwise.plan import Plan
+from skipwise.skipping import skip
+
+Config = dict[str, Any]
+Build = Callable[[Config], nn.Module]
+Place = tuple[tuple[str, ...], str]  # the path to a section of a config, and a key in it
+
+# how many of the first blocks are of one kind: those that are left of them are the first again
+FIRST_BLOCKS = ("max_window_layers", "first_k_dense_replace")
+# some configs of language models give the number of layers twice, by two of these names
+DEPTHS = ("num_hidden_layers", "num_layers", "n_layers", "n_layer")
+# a block's number that nothing reads
+NEVER_READ = {("ZImageTransformerBlock", "layer_id")}
+
+
+@dataclass(frozen=True)
+class Cut:
+    """The blocks of one stack that are kept, by their old numbers."""
+
+    stack: str
+    length: int
+    kept: tuple[int, ...]
+
+    def of(self, key: str, value: Any) -> Any:
+        """What a setting of the config is after the cut: unchanged unless it is about single blocks."""
+        if key in FIRST_BLOCKS and isinstance(value, int):
+            return sum(number < value for number in self.kept)
+        if "layer" not in key:
+            return value
+        new = {old: number for number, old in enumerate(self.kept)}
+        if isinstance(value, dict) and value and all(str(number).isdigit() for number in value):
+            return {str(new[int(old)]): entry for old, entry in value.items() if int(old) in new}
+        if isinstance(value, list | tuple) and self._names_blocks(value):
+            return [new[old] for old in value if old in new]
+        if isinstance(value, list | tuple) and len(value) == self.length:
+            return [value[old] for old in self.kept]
+        return value
+
+    def _names_blocks(self, values: list[Any] | tuple[Any, ...]) -> bool:
+        """Whether a list names blocks (SD3's dual_attention_layers) instead of having an entry for each."""
+        if not all(type(value) is int and 0 <= value < self.length for value in values):
+            return False
+        return len(set(values)) == len(values) and (len(values) < self.length or list(values) == sorted(values))
+
+
+def cuts_of(plan: Plan) -> list[Cut]:
+    """What a static plan keeps of each stack that it takes blocks from."""
+    skipped = {stack: numbers for stack, numbers in plan.phases[0].skip.items() if numbers}
+    lengths = plan.model.stacks
+    return [
+        Cut(stack, lengths[stack], tuple(i for i in range(lengths[stack]) if i not in numbers))
+        for stack, numbers in skipped.items()
+    ]
+
+
+def cut_config(config: Config, model: nn.Module, plan: Plan, build: Build) -> tuple[Config, nn.Module]:
+    """(config.json of the smaller model, that model on the meta device).
+
+    config: of the source; model: its skeleton. Raises UserError when no config describes the kept blocks exactly: the
+    architecture then makes a block by its number, in a way that its config cannot undo.
+    """
+    # nothing may point to the repository's own code, which is not carried over
+    smaller = {key: value for key, value in config.items() if key != "auto_map"}
+    try:
+        return _cut(smaller, {}, model, plan, build)
+    except UserError:  # the config may leave per-layer lists to its class, which makes them from the number of layers
+        return _cut(smaller, resolved_config(model), model, plan, build)
+
+
+def _cut(config: Config, defaults: Config, model: nn.Module, plan: Plan, build: Build) -> tuple[Config, nn.Module]:
+    for cut in cuts_of(plan):
+        config = _shorten(config, defaults, model, cut, plan, build)
+    twin = build(config)
+    _check_twin(model, twin, plan)
+    return config, twin
+
+
+def resolved_config(model: nn.Module) -> Config:
+    """The model's config with all that its file leaves out."""
+    config: Any = model.config
+    return config.to_dict() if hasattr(config, "to_dict") else dict(config)
+
+
+def _shorten(config: Config, defaults: Config, model: nn.Module, cut: Cut, plan: Plan, build: Build) -> Config:
+    """The config with one stack cut: by the first number that makes this stack shorter and no other too short."""
+    before, final = _lengths(build(config), plan), dict(plan.model.stacks)
+    final |= {each.stack: len(each.kept) for each in cuts_of(plan)}
+    if before[cut.stack] == final[cut.stack]:  # shortened with another one: a number may set the length of two
+        return config
+    for path, key in dict.fromkeys([*_depths(config, cut.length), *_depths(resolved_config(model), cut.length)]):
+        candidate = _lowered(config, defaults, cut, path, key)
+        try:
+            found = _lengths(build(candidate), plan)
+        except Exception:  # configs check themselves, each in its own way: this number is another one
+            continue
+        if found[cut.stack] == final[cut.stack] and all(found[name] in (before[name], final[name]) for name in found):
+            return _without_old_depth(candidate, cut, path)
+    raise UserError(
+        f"{plan.model.architecture} cannot be exported: no number in its config.json sets the length of {cut.stack} "
+        f"to {len(cut.kept)} and no other; use the plan with `skip` instead."
+    )
+
+
+def _lengths(model: nn.Module, plan: Plan) -> dict[str, int]:
+    return {name: len(module_list(model, name)) for name in plan.model.stacks}
+
+
+def _depths(config: Mapping[str, Any], length: int, path: tuple[str, ...] = ()) -> Iterator[Place]:
+    """The places of all numbers that may be this stack's length."""
+    for key, value in config.items():
+        if isinstance(value, dict):
+            yield from _depths(value, length, (*path, key))
+        elif type(value) is int and value == length and any(word in str(key) for word in ("layer", "block", "depth")):
+            yield path, key
+
+
+def _lowered(config: Config, defaults: Config, cut: Cut, path: tuple[str, ...], key: str) -> Config:
+    """The config with this number lowered, and with all in its section that is about single blocks cut."""
+    candidate = copy.deepcopy(config)
+    section = _section(candidate, path)
+    made = {name: value for name, value in _section(defaults, path).items() if isinstance(value, list | tuple)}
+    made = {name: value for name, value in made.items() if "layer" in name and not name.startswith("_")}
+    section |= {name: cut.of(name, value) for name, value in (made | section).items()}
+    section[key] = len(cut.kept)
+    return candidate
+
+
+def _without_old_depth(config: Config, cut: Cut, path: tuple[str, ...]) -> Config:
+    """The config with the stack's length right under every name; diffusers' names are those of different stacks."""
+    section = _section(config, path)
+    if "_class_name" not in config:
+        section |= {name: len(cut.kept) for name in DEPTHS if section.get(name) == cut.length}
+    return config
+
+
+def _section(config: Config, path: tuple[str, ...]) -> Config:
+    for key in path:
+        config = config.setdefault(key, {})
+    return config
+
+
+def _check_twin(model: nn.Module, twin: nn.Module, plan: Plan) -> None:
+    """Raise UserError, with the first difference, unless the twin is the model under the plan."""
+    with skip(model, plan):
+        wanted = _facts(model, plan)
+    found = _facts(twin, plan)
+    for name in [*wanted, *(name for name in found if name not in wanted)]:
+        if wanted.get(name) != found.get(name):
+            what = _difference(wanted.get(name, {}), found.get(name, {}))
+            raise UserError(
+                f"{plan.model.architecture} cannot be exported with this plan: built from a smaller config, its {name} "
+                f"would have {what}; skip other blocks, or use the plan with `skip`."
+            )
+
+
+def _difference(wanted: Mapping[str, Any], found: Mapping[str, Any]) -> str:
+    absent = object()
+    key = next(key for key in [*wanted, *found] if wanted.get(key, absent) != found.get(key, absent))
+    return f"{key} {found.get(key, 'missing')!r} instead of {wanted.get(key, 'missing')!r}"
+
+
+def _facts(model: nn.Module, plan: Plan) -> dict[str, dict[str, Any]]:
+    """All that a config decides about a model: class, settings and shapes of every module, per-layer lists."""
+    facts = {name or "model": _facts_of(module) for name, module in model.named_modules()}
+    for cut in cuts_of(plan):
+        for number, config in enumerate(layer_configs(model, cut.stack)):
+            lists = {key: list(getattr(config, key)) for key in layer_list_names(config, len(cut.kept))}
+            overrides = getattr(config, "_heterogeneity_spec", None)
+            facts[f"config {number} of {cut.stack}"] = lists | {"per-layer overrides": overrides}
+    return facts
+
+
+def _facts_of(module: nn.Module) -> dict[str, Any]:
+    kind = type(module).__name__
+    ignored = {"training", *(name for owner, name in NEVER_READ if owner == kind)}
+    settings = {key: value for key, value in vars(module).items() if key not in ignored and _is_plain(value)}
+    tensors = {**module._parameters, **module._buffers}
+    shapes = {f"{key} of shape": tuple(tensor.shape) for key, tensor in tensors.items() if tensor is not None}
+    return {"class": kind, **settings, **shapes}
+
+
+def _is_plain(value: Any) -> bool:
+    if isinstance(value, list | tuple):
+        return all(_is_plain(item) for item in value)
+    return value is None or isinstance(value, bool | int | float | str)
