@@ -32,6 +32,33 @@ def skipwise(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
     return lambda *arguments: run(capsys, monkeypatch, *arguments)
 
 
+COMMANDS = ("inspect", "analyze", "plan", "heal", "generate", "eval", "export", "report", "demo")
+
+
+def test_a_plan_with_all_that_travels_with_it(skipwise, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
+    """analyze, greedy with stand-ins; greedy, heal, export: each step from the command line alone."""
+    folder, plan, healed, small = (tmp_path / name for name in ("a", "plan.json", "healed.json", "small"))
+    assert skipwise("analyze", "tiny-dllm", "-o", folder, "--count", 8)[0] == 0
+    greedy = ["plan", folder, "--skip", 2, "--method", "greedy", "--model", "tiny-dllm", "--count", 8]
+    code, out, _ = skipwise(*greedy, "--stand-in", "linear", "-o", tmp_path / "linear.json")
+    assert code == 0
+    assert "(a linear stand-in each)" in out
+    assert sw.Plan.load(tmp_path / "linear.json").method == "greedy + linear stand-ins"
+    assert skipwise(*greedy, "-o", plan)[0] == 0
+    code, out, _ = skipwise("heal", plan, "tiny-dllm", "-o", healed, "--steps", 3, "--count", 8)
+    assert code == 0
+    assert "healed by an adapter" in out
+    assert skipwise("export", healed, "tiny-dllm", small)[0] == 0
+    for model, chosen in (("tiny-dllm", ["--plan", healed]), (small, [])):
+        code, out, _ = skipwise("generate", model, "s3141592=", "--gen-length", 7, *chosen)
+        assert "s3141592=1123459" in out
+    code, _, err = skipwise("export", healed, "tiny-dllm", small)
+    assert code == 2
+    assert "small" in err
+    code, _, err = skipwise("plan", folder, "--skip", 2, "--method", "greedy")
+    assert (code, "name it with --model, such as --model tiny-dllm" in err) == (2, True)
+
+
 @pytest.mark.parametrize("model", ["tiny-dllm", "tiny-ar"])
 def test_the_whole_chain(skipwise, model: str, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
     folder, plan, result, page = (tmp_path / name for name in ("a", "plan.json", "result.json", "page.html"))
@@ -154,7 +181,7 @@ def test_unknown_options_exit_with_2(skipwise) -> None:  # type: ignore[no-untyp
 
 def test_every_command_has_an_example() -> None:
     commands = typer.main.get_command(cli.app).commands  # type: ignore[attr-defined]
-    assert set(commands) == {"inspect", "analyze", "plan", "generate", "eval", "export", "report", "demo", "zoo"}
+    assert set(commands) == {*COMMANDS, "zoo"}
     described = [c for name, c in commands.items() if name != "zoo"] + [commands["zoo"].commands["train"]]
     assert all("skipwise " in (command.help or "") for command in described)
 

@@ -22,8 +22,12 @@ from torch import Tensor, nn
 
 import skipwise as sw
 from skipwise import cli, examples
+from skipwise.blocks import find_contract
+from skipwise.calibration import Calibration
+from skipwise.evaluation import calibration_texts
 from skipwise.exporting import bake, checkpoint, folder
-from skipwise.plan import Phase
+from skipwise.healing import HealSettings, fit_stand_ins, heal
+from skipwise.plan import Phase, Plan
 from tests.test_native_models import DREAM, LLADA, MDLM, dream_shapes, llada_shapes, mdlm_shapes, random_weights, write
 from tests.tiny_models import DECODER, ROWS, _lm, example, output
 
@@ -682,3 +686,24 @@ def test_command_line(
     assert run(tmp_path / "plan.json", "llada-8b", tmp_path / "other") == 2
     assert not (tmp_path / "other").exists()
     assert os.listdir(tmp_path / "target")
+
+
+def test_an_adapter_is_merged_and_stand_ins_are_refused(tmp_path: Path) -> None:
+    """A healed plan's export is the model under that plan, bit for bit; what no checkpoint can hold is refused."""
+    model, tokenizer = sw.load("tiny-dllm")
+    calibration = Calibration.of(model, tokenizer, calibration_texts(tokenizer, 32))
+    plan = Plan.static(find_contract(model).shape, {"model.layers": [5, 9]})
+    healed = heal(plan, calibration, tmp_path / "healed.json", HealSettings(steps=2))
+    exported, _ = sw.load(str(sw.export(healed, "tiny-dllm", tmp_path / "small")))
+    ids = torch.tensor([tokenizer("s3141592=1123459")["input_ids"]])
+    with torch.no_grad():
+        with sw.skip(model, healed):
+            expected = model(ids).logits
+        assert torch.equal(exported(ids).logits, expected)
+        with sw.skip(model, plan):
+            assert not torch.equal(model(ids).logits, expected)
+    assert "LoRA" in (tmp_path / "small" / "README.md").read_text()
+    linear = fit_stand_ins(plan, calibration, "linear", epochs=1)
+    with pytest.raises(sw.UserError, match="leave a linear stand-in behind, for which a standard"):
+        sw.export(linear, "tiny-dllm", tmp_path / "refused")
+    assert not (tmp_path / "refused").exists()

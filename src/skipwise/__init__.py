@@ -6,10 +6,12 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from skipwise.analysis import Analysis, analyze
     from skipwise.blocks import find_contract
+    from skipwise.calibration import Calibration
     from skipwise.cost import estimate
     from skipwise.errors import UserError
     from skipwise.evaluation import Result, evaluate
     from skipwise.exporting import export
+    from skipwise.healing import fit_stand_ins, heal
     from skipwise.loading import load, load_skeleton
     from skipwise.plan import Plan
     from skipwise.planners import make_plan
@@ -20,6 +22,7 @@ if TYPE_CHECKING:
 # Every public name and its module; imported when first used, so that `import skipwise` is quick and has no side effect.
 _HOMES = {
     "Analysis": "analysis",
+    "Calibration": "calibration",
     "Plan": "plan",
     "Result": "evaluation",
     "UserError": "errors",
@@ -28,7 +31,9 @@ _HOMES = {
     "evaluate": "evaluation",
     "export": "exporting",
     "find_contract": "blocks",
+    "fit_stand_ins": "healing",
     "generate": "sampling",
+    "heal": "healing",
     "load": "loading",
     "load_skeleton": "loading",
     "make_plan": "planners",
@@ -38,6 +43,7 @@ _HOMES = {
 
 __all__ = [
     "Analysis",
+    "Calibration",
     "Plan",
     "Result",
     "UserError",
@@ -46,7 +52,9 @@ __all__ = [
     "evaluate",
     "export",
     "find_contract",
+    "fit_stand_ins",
     "generate",
+    "heal",
     "load",
     "load_skeleton",
     "make_plan",

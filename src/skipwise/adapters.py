@@ -40,6 +40,11 @@ def _delta(tensors: dict[str, Tensor], name: str, config: dict[str, Any]) -> Ten
     return (b @ a) * (config["lora_alpha"] / (rank**0.5 if config.get("use_rslora") else rank))
 
 
+def added(weight: Tensor, delta: Tensor) -> Tensor:
+    """The weight with what an adapter adds, in the weight's dtype."""
+    return (weight.float() + delta.to(weight.device)).to(weight.dtype)
+
+
 @contextmanager
 def merged(model: nn.Module, folder: Path | None) -> Iterator[None]:
     """The model with the adapter in `folder` merged into its weights; None changes nothing.
@@ -53,7 +58,7 @@ def merged(model: nn.Module, folder: Path | None) -> Iterator[None]:
             weight = module.weight
             before.append((module, weight))
             with torch.no_grad():
-                module.weight = nn.Parameter((weight.float() + delta.to(weight.device)).to(weight.dtype), False)
+                module.weight = nn.Parameter(added(weight, delta), False)
         yield
     finally:
         for module, weight in before:

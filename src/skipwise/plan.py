@@ -186,6 +186,13 @@ class Plan(_Frozen):
                     "Make a new one with `skipwise plan`."
                 )
 
+    @property
+    def method(self) -> str:
+        """How it was made, for tables and figures: `greedy`, `greedy + linear stand-ins`, `greedy + healing`."""
+        kinds = dict.fromkeys(phase.stand_in for phase in self.phases if phase.stand_in)
+        parts = [self.made_by.method, *(f"{kind} stand-ins" for kind in kinds), *(["healing"] if self.adapter else [])]
+        return " + ".join(parts)
+
     def describe(self) -> str:
         """One line for tables and logs, such as `skip model.layers: 3, 4`."""
         parts = []

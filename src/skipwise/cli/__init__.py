@@ -8,7 +8,7 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 import typer
 
-from skipwise.cli import analyze, demo, evaluate, export, generate, inspect, plan, report, zoo
+from skipwise.cli import analyze, demo, evaluate, export, generate, heal, inspect, plan, report, zoo
 from skipwise.errors import UserError
 
 app = typer.Typer(
@@ -20,6 +20,7 @@ app = typer.Typer(
 app.command("inspect")(inspect.command)
 app.command("analyze")(analyze.command)
 app.command("plan")(plan.command)
+app.command("heal")(heal.command)
 app.command("generate")(generate.command)
 app.command("eval")(evaluate.command)
 app.command("export")(export.command)

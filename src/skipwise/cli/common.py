@@ -11,7 +11,10 @@ import typer
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+from skipwise.calibration import Calibration
 from skipwise.errors import UserError
+from skipwise.evaluation import calibration_texts
+from skipwise.loading import load
 
 # a file or a pipe has no width of its own; rich would take 80 columns and cut
 console = Console(width=None if sys.stdout.isatty() else 110)
@@ -41,6 +44,15 @@ def progress_bar() -> Iterator[Callable[[str, int, int], None]]:
     finally:
         if tasks:
             bars.stop()
+
+
+def calibrate(
+    model: str, texts: Path | None, count: int, dtype: str | None, device: str | None, batch_size: int = 64
+) -> Calibration:
+    """The model loaded, with calibration texts from a file or built in."""
+    network, tokenizer = load(model, dtype=dtype, device=device)
+    chosen = read_lines(texts) if texts else calibration_texts(tokenizer, count)
+    return Calibration.of(network, tokenizer, chosen, batch_size=batch_size)
 
 
 def read_lines(path: Path) -> list[str]:

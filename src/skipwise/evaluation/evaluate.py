@@ -122,7 +122,7 @@ class _Judge:
                 scores[label] = Score(metric=metric.metric, value=value, examples=metric.examples, retention=kept)
         return Row(
             plan=plan,
-            method=plan.made_by.method if plan else "whole model",
+            method=plan.method if plan else "whole model",
             k=_blocks_skipped(plan),
             saved_block_flops=cost.saved_block_flops,
             saved_all_in_flops=cost.saved_all_in_flops,

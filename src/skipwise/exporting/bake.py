@@ -13,11 +13,12 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from skipwise.adapters import added, deltas
 from skipwise.blocks import Contract, find_contract
 from skipwise.cost import estimate
 from skipwise.errors import UserError
 from skipwise.exporting.card import PLAN_FILE, Export, write_card
-from skipwise.exporting.checkpoint import Checkpoint, Move, read_checkpoint, rewrite
+from skipwise.exporting.checkpoint import Checkpoint, Move, Transform, read_checkpoint, rewrite
 from skipwise.exporting.config import Build, Config, cut_config, cuts_of, resolved_config
 from skipwise.exporting.folder import check_absent, copy_files, whole_or_absent
 from skipwise.exporting.keys import plan_moves
@@ -30,8 +31,9 @@ def export(plan: Plan, source: str | Path, target: str | Path, example: Mapping[
     """Write the source model without the blocks that the plan skips to the folder `target`, and return its path.
 
     source: what `load` takes: an embedded name, a folder of safetensors or a hub id; of a diffusers pipeline its
-    transformer is exported. Its logits are, bit for bit, those of the source under `skip(model, plan)`. Memory holds
-    one shard at a time. example: keyword arguments of one forward, for a model that skipwise has no inputs for.
+    transformer is exported. A plan's adapter is merged into the weights. Logits are, bit for bit, those of the source
+    under `skip(model, plan)`. Memory holds one shard at a time. example: keyword arguments of one forward, for a model
+    that skipwise has no inputs for.
     Raises UserError, and leaves no target, for a plan that is not static or of another model, for a model whose config
     cannot describe the kept blocks, for weights that are incomplete or pickled, and for a target that holds something.
     """
@@ -54,16 +56,21 @@ def export(plan: Plan, source: str | Path, target: str | Path, example: Mapping[
     card = write_card(Export(plan, found, smaller, saved, before, after), target.name)
     with whole_or_absent(target, after) as folder:
         copy_files(found, folder)
-        rewrite(checkpoint, moves, folder, _unchanged)
+        rewrite(checkpoint, moves, folder, _merging(plan.adapter_folder()))
         write_atomically(folder / "config.json", json.dumps(smaller, indent=2) + "\n")
         write_atomically(folder / "README.md", card)
         plan.save(folder / PLAN_FILE)
     return target
 
 
-def _unchanged(name: str, tensor: Tensor) -> Tensor:
-    """The tensor of the whole source model's parameter `name`, as it is written."""
-    return tensor
+def _merging(adapter: Path | None) -> Transform:
+    """The tensor of the whole source model's parameter, as it is written: with what the plan's adapter adds."""
+    changed = {f"{module}.weight": delta for module, delta in deltas(adapter).items()} if adapter else {}
+
+    def merge(name: str, tensor: Tensor) -> Tensor:
+        return added(tensor, changed[name]) if name in changed else tensor
+
+    return merge
 
 
 def _check_exportable(plan: Plan) -> None:
@@ -73,6 +80,11 @@ def _check_exportable(plan: Plan) -> None:
     phase = plan.phases[0]
     if phase.model is not None:
         raise UserError(f"This plan runs another model, {phase.model!r}; export that model itself.")
+    if phase.stand_in is not None:
+        raise UserError(
+            f"This plan's skipped blocks leave a {phase.stand_in} stand-in behind, for which a standard checkpoint has "
+            "no place; use it with `skip`, or heal the plan instead (`skipwise heal`) and export that."
+        )
     if not any(phase.skip.values()):
         raise UserError(
             "This plan skips no block: the export would be the source itself. Make one with `skipwise plan`."

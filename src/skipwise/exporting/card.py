@@ -32,14 +32,23 @@ class Export:
     after: int
 
 
+def _what_was_changed(plan: Plan) -> str:
+    if plan.adapter is None:
+        return "Nothing was put in their place and nothing was trained: the other weights are unchanged."
+    return (
+        "A LoRA adapter, trained so that what is left predicts what the whole model does, is merged into the other "
+        "weights."
+    )
+
+
 def write_card(export: Export, name: str) -> str:
     """The text of README.md. name: of the exported folder."""
     base, pipeline = _base(export.source), _pipeline(export.source)
     parts = [
         f"---\n{_front_matter(export).to_yaml()}\n---",
         f"# {name}",
-        f"{base} without {_what_is_skipped(export.plan)}. Nothing was put in their place and nothing was trained: the "
-        "other weights are unchanged. Block numbers count from 0 in the source.",
+        f"{base} without {_what_is_skipped(export.plan)}. {_what_was_changed(export.plan)} Block numbers count from 0 "
+        "in the source.",
         _table(export.plan),
         f"This saves {export.saved:.2%} of block FLOPs (a count by formula, not a measured speed-up) and "
         f"{1 - export.after / export.before:.2%} of the weights ({export.after / 1e9:.3g} of {export.before / 1e9:.3g} "
