@@ -11,7 +11,7 @@ from torch import nn
 
 import skipwise as sw
 from skipwise.blocks import find_contract
-from skipwise.evaluation import task_names
+from skipwise.evaluation import difference, task_names
 from skipwise.evaluation.measure import Measured, interval, resamples, retention_draws
 from skipwise.evaluation.tasks import build_task, calibration_texts, default_tasks
 from skipwise.evaluation.text import TextTask
@@ -197,8 +197,30 @@ def test_mistakes(dllm: tuple[nn.Module, Any]) -> None:
         build_task("sotu", "test", 1, 0, 1).run(dllm[0], None)
 
 
+def test_paired_difference_beside_a_plain_bootstrap(dllm: tuple[nn.Module, Any]) -> None:
+    """Two rows are compared example by example; the interval is that of resampled pairs."""
+    plans = [plan_for(dllm[0], [11, 12, 13, 14, 17, 18]), plan_for(dllm[0], list(range(6, 14)))]
+    result = sw.evaluate(*dllm, ["sort", "reverse"], plans, examples=60)
+    a, b = result.rows[1:]
+    found = difference(a, b)
+    gains = [
+        np.array([int(x) - int(y) for x, y in zip(a.scores[t].outcomes or "", b.scores[t].outcomes or "", strict=True)])
+        for t in ("sort", "reverse")
+    ]
+    assert found.value == pytest.approx(np.mean([g.mean() for g in gains]))
+    rng = np.random.default_rng(5)
+    draws = [np.mean([rng.choice(g, len(g)).mean() for g in gains]) for _ in range(4000)]
+    assert (found.low, found.high) == pytest.approx(tuple(np.percentile(draws, [2.5, 97.5])), abs=0.02)
+    assert found.value == pytest.approx(
+        np.mean([a.scores[t].value.value - b.scores[t].value.value for t in ("sort", "reverse")])
+    )
+    text = sw.evaluate(*sw.load("tiny-dllm"), ["sort"], examples=5).rows[0]
+    with pytest.raises(sw.UserError, match="sort has 60 and 5 examples"):
+        difference(a, text)
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["tiny-dllm", "tiny-ar"])
+@pytest.mark.parametrize("name", ["tiny-dllm", "tiny-ar", "tiny-ar2dllm"])
 def test_zoo_models_solve_every_task(name: str) -> None:
     """At least 95% exact match on 1,000 held-out prompts of every task."""
     result = sw.evaluate(*sw.load(name), examples=1000)

@@ -14,9 +14,7 @@ from skipwise.plan import Plan
 def command(
     plan: Annotated[Path, typer.Argument(help="The plan to heal.")],
     model: ModelName,
-    output: Annotated[Path, typer.Option("--output", "-o", help="Where to write the healed plan.")] = Path(
-        "healed.json"
-    ),
+    output: Annotated[Path, typer.Option("--output", "-o", help="Where to write the plan.")] = Path("healed.json"),
     steps: Annotated[int, typer.Option(help="Training steps.", min=1)] = HealSettings.steps,
     rank: Annotated[int, typer.Option(help="Of the LoRA.", min=1)] = HealSettings.rank,
     learning_rate: Annotated[float, typer.Option(help="Its peak.")] = HealSettings.learning_rate,

@@ -119,7 +119,13 @@ class _Judge:
                     kept = interval(metric.value / whole.value, draws[task])
                 label = task if place == 0 else f"{task} ({metric.metric})"
                 value = interval(metric.value, metric.score(counts))
-                scores[label] = Score(metric=metric.metric, value=value, examples=metric.examples, retention=kept)
+                scores[label] = Score(
+                    metric=metric.metric,
+                    value=value,
+                    examples=metric.examples,
+                    retention=kept,
+                    outcomes=metric.outcomes,
+                )
         return Row(
             plan=plan,
             method=plan.method if plan else "whole model",

@@ -4,7 +4,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from skipwise.evaluation.result import Interval
+from skipwise.errors import UserError
+from skipwise.evaluation.result import Interval, Row
 
 RESAMPLES = 2000
 
@@ -32,6 +33,13 @@ class Measured:
         return len(self.numerators)
 
     @property
+    def outcomes(self) -> str | None:
+        """ "1" or "0" for every example, of a metric that is right or wrong."""
+        if (self.denominators != 1).any() or not np.isin(self.numerators, (0, 1)).all():
+            return None
+        return "".join("01"[int(right)] for right in self.numerators)
+
+    @property
     def value(self) -> float:
         """The score on all examples, each once."""
         return float(self.score(np.ones((1, self.examples)))[0])
@@ -47,6 +55,26 @@ def interval(value: float, draws: np.ndarray) -> Interval:
     """The 95% percentile interval of bootstrap draws around an estimate."""
     low, high = np.percentile(draws, [2.5, 97.5])
     return Interval(value=value, low=float(low), high=float(high))
+
+
+def difference(first: Row, second: Row, seed: int = 0) -> Interval:
+    """Mean score of `first` minus that of `second` over the tasks that both were right or wrong on, in pairs.
+
+    Raises UserError when they have no such task, or not the same number of examples.
+    """
+    draws, values = [], []
+    for number, (task, score) in enumerate(first.scores.items()):
+        other = second.scores.get(task)
+        if score.outcomes is None or other is None or other.outcomes is None:
+            continue
+        if len(score.outcomes) != len(other.outcomes):
+            raise UserError(f"{task} has {len(score.outcomes)} and {len(other.outcomes)} examples; use equal ones.")
+        gain = np.array([int(a) - int(b) for a, b in zip(score.outcomes, other.outcomes, strict=True)])
+        draws.append(resamples(len(gain), seed + number) @ gain / len(gain))
+        values.append(gain.mean())
+    if not draws:
+        raise UserError("The two rows have no task in common whose answers are right or wrong.")
+    return interval(float(np.mean(values)), np.mean(draws, axis=0))
 
 
 def retention_draws(under_plan: Measured, whole: Measured, counts: np.ndarray) -> np.ndarray:

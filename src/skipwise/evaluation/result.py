@@ -29,13 +29,15 @@ class Score(_Frozen):
     """What a model scored on one task under one plan.
 
     `metric` is "exact match" or "next-token accuracy" (fractions, higher is better) or "perplexity" (lower is better).
-    `retention` is the score under the plan over the score without one, on the same examples.
+    `retention` is the score under the plan over the score without one, on the same examples. `outcomes` of a metric
+    that is right or wrong: "1" or "0" for every example in order, so that any two rows can be compared in pairs.
     """
 
     metric: str
     value: Interval
     examples: int
     retention: Interval | None = None
+    outcomes: str | None = None
 
 
 class Row(_Frozen):

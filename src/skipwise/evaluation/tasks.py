@@ -98,13 +98,21 @@ def build_task(name: str, split: Split, examples: int | None, seed: int, batch_s
     raise unknown("task", name, task_names())
 
 
-def calibration_texts(tokenizer: Any, count: int = 256, seed: int = 0) -> list[str | tuple[str, str]]:
-    """About `count` texts of the calibration split for an analysis: the zoo's examples, or pieces of English text."""
-    names = default_tasks(tokenizer)
+def calibration_texts(
+    tokenizer: Any, count: int = 256, seed: int = 0, tasks: Sequence[str] | None = None
+) -> list[str | tuple[str, str]]:
+    """About `count` texts of the calibration split: the zoo's examples, or pieces of English text.
+
+    tasks: those that the texts come from, all that suit the tokenizer by default. Raises UserError for an unknown one.
+    """
+    names = list(tasks or default_tasks(tokenizer))
+    for name in names:
+        if name not in task_names():
+            raise unknown("task", name, task_names())
     if names[0] in TASKS:
-        pairs = (distinct_examples(name, "calibration", count // len(names), seed) for name in names)
+        pairs = (distinct_examples(name, "calibration", max(1, count // len(names)), seed) for name in names)
         return [pair for task in pairs for pair in task]
-    pieces = (_pieces(text) for text in documents("calibration").values())
+    pieces = (_pieces(documents("calibration")[name]) for name in names)
     return [piece for row in zip(*pieces, strict=False) for piece in row][:count]
 
 

@@ -6,6 +6,7 @@ towards the state that the whole model has behind it, so that a stand-in also ma
 
 import inspect
 from collections.abc import Callable
+from contextlib import suppress
 from typing import Any
 
 import torch
@@ -26,7 +27,7 @@ def fit_stand_ins(
     kind: StandInKind = "linear",
     *,
     ridge: float = 1e-3,
-    epochs: int = 4,
+    epochs: int = 2,
     on_progress: Callable[[int, int], None] | None = None,
 ) -> Plan:
     """The plan with a stand-in for every skipped block, fitted for each phase on that part of the trajectory.
@@ -61,6 +62,10 @@ def fit_stand_ins(
 
 def _blocks(phase: Phase) -> list[tuple[str, int]]:
     return [(stack, block) for stack, numbers in phase.skip.items() for block in numbers]
+
+
+class _Reached(Exception):  # noqa: N818 (no error)
+    """Ends a forward at the block that it was run for."""
 
 
 class _Fitter:
@@ -101,12 +106,14 @@ class _Fitter:
         def note(module: nn.Module, args: tuple, kwargs: dict[str, Any], result: Any) -> None:
             seen.append(bind(signature, module, args, kwargs)[stream.argument])
             seen.append(result if stream.output is None else result[stream.output])
+            raise _Reached  # what comes behind is not needed
 
         name = self.stack.name
         undo = apply(self.model, self.contract, Cut({name: frozenset(known)}, {name: known}))
         handle = self.blocks[block].register_forward_hook(note, with_kwargs=True)
         try:
-            self.model(input_ids=batch.inputs)
+            with suppress(_Reached):
+                self.model(input_ids=batch.inputs)
         finally:
             handle.remove()
             undo()

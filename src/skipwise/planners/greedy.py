@@ -29,10 +29,10 @@ def greedily(
     calibration: Calibration,
     forbid_neighbours: bool = False,
 ) -> Choice:
-    """Least harmful block first. Scores: mean KL in nats a token after each block that was given up."""
+    """Least harmful block first. Scores: their order, and the mean KL in nats a token after each."""
     search = _Search(calibration, stack, forbid_neighbours)
     blocks = allowance.take(search.order())
-    return Choice(blocks, {"kl": search.costs[: len(blocks)]})
+    return Choice(blocks, {"order": [float(block) for block in blocks], "kl": search.costs[: len(blocks)]})
 
 
 class _Search:
