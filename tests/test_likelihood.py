@@ -14,7 +14,7 @@ from torch.nn import functional as F
 import skipwise as sw
 from skipwise.blocks import find_contract
 from skipwise.evaluation.likelihood import LikelihoodSettings, loglikelihoods
-from skipwise.evaluation.masking import every_mask, stratified_masks
+from skipwise.evaluation.masking import dream_masks, every_mask, stratified_masks
 from skipwise.plan import Plan
 from tests.tiny_models import ROWS
 
@@ -132,12 +132,14 @@ def test_batched_is_single(models: dict[str, nn.Module], name: str, cfg_scale: f
 
 
 def test_guidance_is_against_the_masked_prefix(models: dict[str, nn.Module]) -> None:
-    model = models["llada"]
-    ((value, _),) = loglikelihoods(model, [(PREFIX, [20])], LikelihoodSettings(cfg_scale=0.7))
-    with torch.no_grad():
-        given = model(input_ids=torch.tensor([[*PREFIX, MASK]])).logits[0, -1]
-        free = model(input_ids=torch.tensor([[MASK] * 6])).logits[0, -1]
-    assert value == pytest.approx(float((free + 1.7 * (given - free)).log_softmax(-1)[20]), abs=1e-5)
+    model, expected = models["llada"], 0.0
+    for i, rest in enumerate(([MASK, MASK], [20, MASK])):
+        with torch.no_grad():
+            given = model(input_ids=torch.tensor([[*PREFIX, *rest]])).logits[0, 5 + i]
+            free = model(input_ids=torch.tensor([[*[MASK] * 5, *rest]])).logits[0, 5 + i]
+        expected += float((free + 1.7 * (given - free)).log_softmax(-1)[20 + i])
+    ((value, _),) = loglikelihoods(model, [(PREFIX, [20, 21])], LikelihoodSettings(cfg_scale=0.7, chain=True))
+    assert value == pytest.approx(expected, abs=1e-5)
 
 
 @pytest.mark.parametrize("name", ["llama", "gpt2"])
@@ -245,6 +247,11 @@ def test_compat_dream_is_the_official_estimate(models: dict[str, nn.Module], mc_
     values = official_dream(model, requests, mc_num, 4)
     settings = LikelihoodSettings(mc_num=mc_num, batch_size=4, seed=5, compat="dream")
     assert [value for value, _ in loglikelihoods(model, requests, settings)] == pytest.approx(values, abs=1e-3)
+
+
+def test_dream_never_masks_the_first_token_of_all() -> None:
+    drawn = list(dream_masks(0, 3, 64, 8, torch.Generator().manual_seed(0)))
+    assert {i for noised in drawn for i in noised.masked} == {1, 2}
 
 
 def test_under_a_plan(models: dict[str, nn.Module]) -> None:
