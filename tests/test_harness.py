@@ -442,3 +442,46 @@ def test_a_killed_process_goes_on(folder: Path, tmp_path: Path) -> None:
     assert ran.returncode == 0, ran.stderr[-2000:]
     assert f"Cached requests: {before}," in ran.stderr + ran.stdout
     assert results_of(tmp_path)["zoo_sort"]["exact_match,none"] == 1.0
+
+
+ROOT = Path(__file__).parent.parent
+
+
+def block(language: str) -> str:
+    """The one block of this language in docs/reproduce.md."""
+    (code,) = re.findall(rf"```{language}\n(.*?)```", (ROOT / "docs" / "reproduce.md").read_text(), flags=re.DOTALL)
+    return code
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("model", ["tiny-dllm", "tiny-ar"])
+def test_the_documented_script(folder: Path, tmp_path: Path, model: str) -> None:
+    """docs/reproduce.md from the analysis to the table of retention, on an embedded model."""
+    _, environment = command(folder)
+    environment |= {"MODEL": model, "DECODE": "gen_length=7", "DTYPE": "float32", "DEVICE": "cpu", "SKIPS": "2"}
+    environment |= {"TASKS": "zoo_sort", "OPTIONS": f"--include_path {folder}", "RUN": str(tmp_path / "run")}
+    environment |= {"LAUNCH": f"{sys.executable} -m skipwise"}
+    environment["PATH"] = f"{Path(sys.executable).parent}:{environment['PATH']}"
+    run_it = partial(subprocess.run, env=environment, cwd=tmp_path, capture_output=True, text=True, timeout=500)
+    ran = run_it(["bash", "-c", block("bash")])
+    assert ran.returncode == 0, ran.stderr[-2000:]
+    table = run_it([sys.executable, "-c", block("python")])
+    assert table.returncode == 0, table.stderr
+    rows = [line.split() for line in table.stdout.splitlines()]
+    assert [row[0] for row in rows] == ["random-2", "similarity-2", "whole"]
+    assert all(row[1:3] == ["zoo_sort", "exact_match,none"] for row in rows)
+    assert rows[2][3] == "100.0%"
+
+
+@pytest.mark.slow
+def test_the_documented_cost_is_what_the_script_prints() -> None:
+    ran = subprocess.run(
+        [sys.executable, str(ROOT / "benchmarks" / "reproduce_cost.py")], capture_output=True, text=True, timeout=120
+    )
+    assert ran.returncode == 0, ran.stderr
+    printed = ran.stdout.splitlines()
+    assert "\n".join(printed[:-1]).rstrip() in (ROOT / "docs" / "reproduce.md").read_text()
+    first = json.loads(printed[-1])["rows"][0]
+    # 2 FLOPs a weight and token for LLaDA-8B's 7.5 G weights (head included), and some attention on top
+    assert 1.0 < first["pflop"][0] / (1319 * 256 * 1256 * 2 * 7.5e9 / 1e15) < 1.1
+    assert first["pflop"][6] / first["pflop"][0] == pytest.approx(1 - 0.1745, abs=0.002)
