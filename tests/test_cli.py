@@ -149,7 +149,7 @@ def test_unknown_options_exit_with_2(skipwise) -> None:  # type: ignore[no-untyp
 
 def test_every_command_has_an_example() -> None:
     commands = typer.main.get_command(cli.app).commands  # type: ignore[attr-defined]
-    assert set(commands) == {"inspect", "analyze", "plan", "generate", "eval", "report", "demo", "zoo"}
+    assert set(commands) == {"inspect", "analyze", "plan", "generate", "eval", "lm-eval", "report", "demo", "zoo"}
     described = [c for name, c in commands.items() if name != "zoo"] + [commands["zoo"].commands["train"]]
     assert all("skipwise " in (command.help or "") for command in described)
 
