@@ -1,0 +1,97 @@
+"""Texts as token ids, in batches that need no padding. Nothing here depends on the batch size but the batches."""
+
+import hashlib
+from collections import defaultdict
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from skipwise.analysis.cka import texts_a_group
+from skipwise.errors import UserError
+
+# A text, or a (prompt, answer) pair whose answer a diffusion model generates anew.
+Text = str | tuple[str, str]
+
+PROBES = 16  # texts that the costly parts, lens and attention, look at
+FIRST = 4  # texts whose states say which channels are outliers
+
+
+@dataclass(frozen=True)
+class Sample:
+    """Token ids of one text; a diffusion model's own trajectory keeps the first `prompt` of them.
+
+    number: the text's place, which seeds its noise; probe: whether the costly parts look at it.
+    """
+
+    ids: tuple[int, ...]
+    prompt: int
+    number: int
+    probe: bool = False
+
+    def noise(self, seed: int) -> Tensor:
+        """(length,) uniform draws; a token is masked at every level above its draw."""
+        return torch.rand(len(self.ids), generator=torch.Generator().manual_seed(seed * 1_000_003 + self.number))
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Samples of equal shape."""
+
+    samples: tuple[Sample, ...]
+
+    @property
+    def ids(self) -> Tensor:
+        """(batch, length) int64."""
+        return torch.tensor([sample.ids for sample in self.samples])
+
+    @property
+    def probes(self) -> Tensor:
+        """(batch,) bool."""
+        return torch.tensor([sample.probe for sample in self.samples])
+
+    def noise(self, seed: int) -> Tensor:
+        """(batch, length) uniform draws."""
+        return torch.stack([sample.noise(seed) for sample in self.samples])
+
+
+def tokenize(tokenizer: Any, texts: Sequence[Text], max_tokens: int) -> list[Sample]:
+    """Texts of two tokens or more, cut to max_tokens. Raises UserError when there is none."""
+    found = []
+    for text in texts:
+        prompt, answer = (text, "") if isinstance(text, str) else text
+        ids = tokenizer(prompt + answer)["input_ids"][:max_tokens]
+        kept = len(tokenizer(prompt)["input_ids"]) if answer else len(ids) // 2
+        if len(ids) > 1:
+            found.append((tuple(ids), min(kept, len(ids) - 1)))
+    if not found:
+        raise UserError("There are no texts to analyze; give at least one text of two tokens or more.")
+    probes = set(torch.linspace(0, len(found) - 1, min(PROBES, len(found))).long().tolist())
+    return [Sample(ids, prompt, i, i in probes) for i, (ids, prompt) in enumerate(found)]
+
+
+def batches(samples: Sequence[Sample], batch_size: int) -> list[Batch]:
+    """Batches of samples of equal shape: `batch_size` texts, rounded down to whole CKA groups, at least one of them."""
+    shapes: dict[tuple[int, int], list[Sample]] = defaultdict(list)
+    for sample in samples:
+        shapes[len(sample.ids), sample.prompt].append(sample)
+    found = []
+    for (length, _), group in shapes.items():
+        texts = texts_a_group(length)
+        size = max(1, batch_size // texts) * texts
+        found += [Batch(tuple(group[start : start + size])) for start in range(0, len(group), size)]
+    return found
+
+
+def first_batch(samples: Sequence[Sample]) -> Batch:
+    """The first FIRST samples of the first shape, whatever the batch size."""
+    shape = len(samples[0].ids), samples[0].prompt
+    return Batch(tuple([s for s in samples if (len(s.ids), s.prompt) == shape][:FIRST]))
+
+
+def fingerprint(samples: Sequence[Sample]) -> dict[str, Any]:
+    """What was read, for provenance: a hash of the token ids, and counts."""
+    digest = hashlib.sha256(repr([s.ids for s in samples]).encode()).hexdigest()
+    return {"sha256": digest, "tokens": sum(len(s.ids) for s in samples), "texts": len(samples)}
