@@ -4,7 +4,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from skipwise.analysis import Analysis, analyze
+    from skipwise.analysis import Analysis, Comparison, analyze, compare
     from skipwise.blocks import find_contract
     from skipwise.cost import estimate
     from skipwise.errors import UserError
@@ -19,10 +19,12 @@ if TYPE_CHECKING:
 # Every public name and its module; imported when first used, so that `import skipwise` is quick and has no side effect.
 _HOMES = {
     "Analysis": "analysis",
+    "Comparison": "analysis",
     "Plan": "plan",
     "Result": "evaluation",
     "UserError": "errors",
     "analyze": "analysis",
+    "compare": "analysis",
     "estimate": "cost",
     "evaluate": "evaluation",
     "find_contract": "blocks",
@@ -36,10 +38,12 @@ _HOMES = {
 
 __all__ = [
     "Analysis",
+    "Comparison",
     "Plan",
     "Result",
     "UserError",
     "analyze",
+    "compare",
     "estimate",
     "evaluate",
     "find_contract",

@@ -13,6 +13,7 @@ from torch import Tensor
 from skipwise.analysis.sums import Sums
 
 GROUP = 32  # tokens
+POOL = 128  # tokens that they are picked from, so that neighbours are seldom picked
 SMALLEST = 4  # tokens that an unbiased estimate needs
 
 
@@ -39,14 +40,14 @@ class CKA(Sums):
     def add(self, states: Tensor, texts: int) -> None:
         """states: (n, batch, length, width), of which every `texts` texts on end are one source of tokens.
 
-        A group is GROUP tokens evenly spread over its texts, or all where they have fewer, which then weigh less.
+        A group is GROUP tokens evenly spread over its texts, or all where they have fewer; groups weigh by tokens.
         """
         whole = states.shape[1] // texts * texts
         for part, count in ((states[:, :whole], texts), (states[:, whole:], states.shape[1] - whole)):
             tokens = count * states.shape[2]
             if part.shape[1] and tokens >= SMALLEST:
                 picked = torch.linspace(0, tokens - 1, min(GROUP, tokens), device=states.device).long()
-                self._add(part.reshape(len(part), -1, tokens, part.shape[-1])[:, :, picked])
+                self._add(part.reshape(len(part), -1, tokens, part.shape[-1]).index_select(2, picked))
 
     def _add(self, states: Tensor) -> None:
         """states: (n, groups, tokens, width)."""
@@ -71,5 +72,5 @@ class CKA(Sums):
 
 
 def texts_a_group(length: int) -> int:
-    """How many texts of `length` tokens make up one group."""
-    return -(-GROUP // length)
+    """How many texts of `length` tokens one group is picked from: POOL tokens or more."""
+    return -(-POOL // length)

@@ -3,7 +3,7 @@
 import hashlib
 from collections import defaultdict
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -16,7 +16,7 @@ from skipwise.errors import UserError
 Text = str | tuple[str, str]
 
 PROBES = 16  # texts that the costly parts, lens and attention, look at
-FIRST = 4  # texts whose states say which channels are outliers
+FIRST = 64  # tokens whose states say which channels are outliers
 
 
 @dataclass(frozen=True)
@@ -73,22 +73,23 @@ def tokenize(tokenizer: Any, texts: Sequence[Text], max_tokens: int) -> list[Sam
 
 
 def batches(samples: Sequence[Sample], batch_size: int) -> list[Batch]:
-    """Batches of samples of equal shape: `batch_size` texts, rounded down to whole CKA groups, at least one of them."""
+    """Batches of samples of equal shape: `batch_size` texts, rounded up to whole CKA groups."""
     shapes: dict[tuple[int, int], list[Sample]] = defaultdict(list)
     for sample in samples:
         shapes[len(sample.ids), sample.prompt].append(sample)
     found = []
     for (length, _), group in shapes.items():
         texts = texts_a_group(length)
-        size = max(1, batch_size // texts) * texts
+        size = -(-batch_size // texts) * texts
         found += [Batch(tuple(group[start : start + size])) for start in range(0, len(group), size)]
     return found
 
 
 def first_batch(samples: Sequence[Sample]) -> Batch:
-    """The first FIRST samples of the first shape, whatever the batch size."""
+    """Samples of one shape that have about FIRST tokens together, cut to as many, whatever the batch size."""
     shape = len(samples[0].ids), samples[0].prompt
-    return Batch(tuple([s for s in samples if (len(s.ids), s.prompt) == shape][:FIRST]))
+    alike = [sample for sample in samples if (len(sample.ids), sample.prompt) == shape]
+    return Batch(tuple(replace(s, ids=s.ids[:FIRST]) for s in alike[: max(1, FIRST // len(samples[0].ids))]))
 
 
 def fingerprint(samples: Sequence[Sample]) -> dict[str, Any]:

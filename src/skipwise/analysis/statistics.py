@@ -10,12 +10,11 @@ from torch import Tensor
 
 from skipwise.analysis.cka import CKA, texts_a_group
 from skipwise.analysis.lens import LensStatistics, Tail
-from skipwise.analysis.states import StateStatistics
+from skipwise.analysis.states import StateStatistics, at_once
 from skipwise.analysis.sums import Sums
 from skipwise.analysis.tokens import SHORTEST, TokenStatistics
 
 DISTANCES = 64  # up to which token-wise similarity is kept
-_TOKENS = 4096  # whose states, in float32, are looked at at once
 
 
 class Statistics:
@@ -55,10 +54,9 @@ class Statistics:
     def add(self, states: Sequence[Tensor]) -> None:
         """states: n tensors (batch, length, width), the boundary states of one forward over whole texts."""
         self.forwards.accumulate(number=1)
-        batch, length = states[0].shape[:2]
-        texts = texts_a_group(length)
-        rows = max(1, _TOKENS // length // texts) * texts
-        for start in range(0, batch, rows):
+        texts = texts_a_group(states[0].shape[1])
+        rows = max(1, at_once(states[0][:1]) // len(states) // texts) * texts
+        for start in range(0, len(states[0]), rows):
             some = torch.stack([state[start : start + rows] for state in states]).float()
             if self.layers:
                 self.layers.add(some.flatten(1, 2))
