@@ -7,7 +7,7 @@ bootstrap interval; 1.25 means that an analysis takes a quarter longer. What an 
 (tracing the contract, pricing the blocks) is timed apart, in milliseconds.
 
     python benchmarks/analyze_overhead.py                     # the layers, on three models
-    python benchmarks/analyze_overhead.py --parts layers,tokens,lens
+    python benchmarks/analyze_overhead.py --parts layers,tokens --cpu-time
 The last line of stdout is JSON.
 """
 
@@ -43,6 +43,7 @@ class Numbers:
     """A tokenizer for a random model: a text is a list of numbers."""
 
     def __call__(self, text: str) -> dict[str, list[int]]:
+        """As tokenizers give them."""
         return {"input_ids": [int(part) for part in text.split()]}
 
 
@@ -76,11 +77,11 @@ def forwards(model: nn.Module, work: Sequence[Batch]) -> None:
             model(input_ids=batch.ids.masked_fill(masked, mask_token(model)) if diffusion else batch.ids)
 
 
-def timed(call: Callable[[], object]) -> float:
+def timed(call: Callable[[], object], clock: Callable[[], float]) -> float:
     """Seconds of one call."""
-    began = time.perf_counter()
+    began = clock()
     call()
-    return time.perf_counter() - began
+    return clock() - began
 
 
 def bootstrap(values: list[float]) -> tuple[float, float]:
@@ -92,7 +93,14 @@ def bootstrap(values: list[float]) -> tuple[float, float]:
 
 
 def measure(
-    name: str, model: nn.Module, tokenizer: Any, texts: Sequence[Text], parts: Sequence[str], pairs: int, warmup: int
+    name: str,
+    model: nn.Module,
+    tokenizer: Any,
+    texts: Sequence[Text],
+    parts: Sequence[str],
+    pairs: int,
+    warmup: int,
+    clock: Callable[[], float],
 ) -> dict[str, object]:
     """The ratio for one model."""
     samples = tokenize(tokenizer, texts, 512)
@@ -113,7 +121,7 @@ def measure(
     with torch.no_grad():
         for pair in range(warmup + pairs):
             order = (analysed, plain) if pair % 2 else (plain, analysed)
-            times = {call: timed(call) for call in order}
+            times = {call: timed(call, clock) for call in order}
             if pair >= warmup:
                 ratios.append(times[analysed] / times[plain])
                 seconds.append(times[plain])
@@ -139,13 +147,17 @@ def main() -> None:
     parser.add_argument("--texts", type=int, default=256, help="for the embedded models; the Llama reads a sixteenth")
     parser.add_argument("--pairs", type=int, default=11)
     parser.add_argument("--warmup", type=int, default=1)
+    parser.add_argument("--cpu-time", action="store_true", help="CPU seconds of this process, for a shared machine")
     settings = parser.parse_args()
+    clock = time.process_time if settings.cpu_time else time.perf_counter
     rows = []
     builders = {name: (lambda name=name: embedded(name, settings.texts)) for name in ("tiny-dllm", "tiny-ar")}
     for name, build in (builders | {"llama-512x12": lambda: llama(settings.texts)}).items():
-        rows.append(measure(name, *build(), settings.parts.split(","), settings.pairs, settings.warmup))
-        print("{model} ({parts}): {ratio} ({low} to {high}), {once_ms} ms once".format(**rows[-1]), flush=True)
+        row = measure(name, *build(), settings.parts.split(","), settings.pairs, settings.warmup, clock)
+        rows.append(row)
+        print("{model} ({parts}): {ratio} ({low} to {high}), {once_ms} ms once".format(**row), flush=True)
     machine = {"processor": platform.processor() or platform.machine(), "threads": torch.get_num_threads()}
+    machine |= {"clock": "cpu" if settings.cpu_time else "wall"}
     print(json.dumps({"rows": rows, "machine": machine, "versions": versions()}))
 
 

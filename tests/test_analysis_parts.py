@@ -1,4 +1,4 @@
-"""Token-wise similarity, attention mass and the logit lens, each beside a plain loop and on cases with a known answer."""
+"""Token-wise similarity, attention mass and the logit lens: beside a plain loop, and where the answer is known."""
 
 from typing import Any
 
@@ -145,7 +145,9 @@ def test_attention_is_the_plain_one(name: str) -> None:
             total = sum(m for found, _, _ in per_text for offset, m in found.items() if low <= offset <= high)
             assert float(mass[block, column]) == pytest.approx(total / queries, abs=1e-6)
         near, far = (sum(each[i] for each in per_text) for i in (1, 2))
-        assert float(tensor(analysis, "attention_recency")[block]) == pytest.approx((near - far) / (near + far), abs=1e-5)
+        assert float(tensor(analysis, "attention_recency")[block]) == pytest.approx(
+            (near - far) / (near + far), abs=1e-5
+        )
         sink = sum(float(w[block][0].mean(0)[:, 0].sum()) for w in weights) / queries
         assert float(tensor(analysis, "attention_sink")[block]) == pytest.approx(sink, abs=1e-6)
 
@@ -190,7 +192,9 @@ def test_the_implementation_is_put_back_after_an_error() -> None:
 # lens
 
 
-@pytest.mark.parametrize("name", ["llama", "gpt2", "gpt_neox", "gemma3", "bert", "modernbert", "llada", "dream", "mdlm"])
+@pytest.mark.parametrize(
+    "name", ["llama", "gpt2", "gpt_neox", "gemma3", "bert", "modernbert", "llada", "dream", "mdlm"]
+)
 def test_the_lens_is_the_model_with_later_blocks_skipped(name: str) -> None:
     model = ROWS[name]()
     contract = find_contract(model)

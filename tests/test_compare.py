@@ -58,9 +58,7 @@ def test_a_model_is_like_itself_and_its_turned_twin_is_so_by_cka_alone() -> None
     order = torch.randperm(32, generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
         for name, weight in twin.named_parameters():
-            if "norm" in name:
-                weight.copy_(weight[order])
-            elif any(part in name for part in ("o_proj", "down_proj")):
+            if "norm" in name or any(part in name for part in ("o_proj", "down_proj")):
                 weight.copy_(weight[order])
             else:
                 weight.copy_(weight[:, order])
@@ -102,9 +100,7 @@ def test_what_cannot_be_compared(pair: tuple[nn.Module, nn.Module, Any]) -> None
         sw.compare(*pair, [])
 
 
-def test_command(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_command(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     arguments = ["analyze", "tiny-ar", "--beside", "tiny-dllm", "--parts", "layers,lens", "--count", "6", "-o"]
     monkeypatch.setattr(sys, "argv", ["skipwise", *arguments, str(tmp_path)])
     with pytest.raises(SystemExit) as ended:

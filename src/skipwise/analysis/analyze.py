@@ -44,11 +44,12 @@ def analyze(
     by `noise_levels` levels. A plan in force is put aside meanwhile: blocks are the whole model's.
 
     parts: what to measure. "layers" is what planners need: similarity of every pair of layers, CKA, update norms;
-    "tokens", similarity of neighbouring tokens and recency, takes as long again. Not measured by default:
-    "attention" (mass by distance, with the eager implementation) and "lens" (agreement with the final prediction); both
-    look at 16 texts at most. outliers: how many channels `similarity_without_outliers` leaves out; they are found
-    in one more forward over 64 tokens of the first texts, half masked for a diffusion model. texts are cut to `max_tokens`;
-    batch_size: texts a forward (rounded up to 128 tokens), it changes no result beyond rounding.
+    "tokens" are similarity of neighbouring tokens and recency. Not measured by default, as they take forwards of their
+    own: "attention" (mass by distance, with the eager implementation) and "lens" (agreement with the final
+    prediction); both look at 16 texts at most, evenly chosen. outliers: how many channels
+    `similarity_without_outliers` leaves out; they are found in one more forward over 64 tokens of the first texts, half
+    masked for a diffusion model. texts are cut to `max_tokens`; batch_size: texts a forward (rounded up to 128 tokens),
+    it changes no result beyond rounding.
 
     Under `accelerate launch` or torch.distributed the batches are shared out, and every process returns the statistics
     of all. on_progress(done, total) is called after every batch of this process.

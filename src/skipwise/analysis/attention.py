@@ -1,13 +1,13 @@
 """Attention mass by distance, streamed: where each block's attention goes, and how much it prefers the near past.
 
 Ours, beside the token-wise similarities of "Skip to the Good Part" (arXiv 2603.07475). Weights are read off the
-attention modules of a transformers model that is switched to its "eager" implementation meanwhile; a model that computes
-attention without showing weights (the native MDLM) has none.
+attention modules of a transformers model that is switched to its "eager" implementation meanwhile; a model that
+computes attention without showing weights (the native MDLM) has none.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -35,7 +35,7 @@ class AttentionStatistics(Sums):
     def add(self, block: int, weights: Tensor) -> None:
         """weights: (batch, heads, length, length), rows (queries) sum to 1, of whole texts."""
         batch, heads, length = weights.shape[:3]
-        mass = weights.double().sum((0, 1)).cpu() / heads  # (length, length)
+        mass = weights.sum((0, 1), dtype=torch.float64).cpu() / heads  # (length, length)
         offsets = torch.arange(length) - torch.arange(length)[:, None]  # key - query
         self.totals["mass"][block].index_add_(0, self._bin(offsets).flatten(), mass.flatten())
         self.totals["sink"][block] += mass[:, :SINK].sum()
@@ -135,8 +135,9 @@ def _eager(model: nn.Module) -> Iterator[None]:
     parts = {key: getattr(config, key, None) for key in getattr(config, "sub_configs", {})}
     before = {key: part._attn_implementation for key, part in parts.items() if part is not None}
     before[""] = config._attn_implementation
-    model.set_attn_implementation("eager")
+    switch = cast(Callable[[Any], None], model.set_attn_implementation)
+    switch("eager")
     try:
         yield
     finally:
-        model.set_attn_implementation(before)
+        switch(before)

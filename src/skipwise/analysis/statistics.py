@@ -1,4 +1,4 @@
-"""The statistics of one kind of reading, kept together: of plain texts, of one part of a trajectory, of a noise level."""
+"""The statistics of one kind of reading, kept together: of plain texts, a part of the trajectories, a noise level."""
 
 import copy
 from collections.abc import Sequence
@@ -91,7 +91,7 @@ class Statistics:
         return {name: tensor for name, tensor in found.items() if tensor is not None}
 
     def profile(self) -> dict[str, Tensor]:
-        """What is kept by step and by noise level: one row, (n,) or (n + 1,), a statistic; NaN where nothing was read."""
+        """What is kept by step and by noise level: one (n,) or (n + 1,) a statistic; NaN where nothing was read."""
         found: dict[str, Tensor] = {}
         if self.layers:
             found |= {"similarity": self.layers.successive_similarity, "update_norm": self.layers.update_norm}

@@ -16,7 +16,7 @@ SHORTEST = 2 * NEAR + 2  # tokens of a text whose far context (half its length a
 
 
 class TokenStatistics(Sums):
-    """Sums over pairs of tokens of one text, at each boundary state. Texts shorter than SHORTEST tokens are left out."""
+    """Sums over pairs of tokens of one text, at each boundary state. Texts shorter than SHORTEST are left out."""
 
     def __init__(self, states: int, distances: int):
         super().__init__(near=(states, distances), pairs=(distances,), far=(states,), far_pairs=())

@@ -5,7 +5,7 @@ from typing import Annotated, Any
 
 import typer
 
-from skipwise.analysis import PARTS, Comparison, analyze, compare
+from skipwise.analysis import PARTS, Analysis, Comparison, analyze, compare
 from skipwise.analysis.analyze import check_parts
 from skipwise.analysis.processes import joined
 from skipwise.cli.common import Device, Dtype, ModelName, console, progress_bar, read_lines
@@ -23,9 +23,7 @@ def command(
     count: Annotated[int, typer.Option(help="How many built-in texts to read.", min=1)] = 64,
     max_tokens: Annotated[int, typer.Option(help="Texts are cut to this length.", min=2)] = 512,
     parts: Annotated[str, typer.Option(help=f"What to measure, out of {','.join(PARTS)}.")] = "layers,tokens",
-    outliers: Annotated[
-        int, typer.Option(help="Channels left out of the similarity without outliers.", min=0)
-    ] = 1,
+    outliers: Annotated[int, typer.Option(help="Channels left out of the similarity without outliers.", min=0)] = 1,
     batch_size: Annotated[int, typer.Option(help="Texts a forward.", min=1)] = 64,
     beside: Annotated[
         str | None, typer.Option(help="Another model of equal shape, such as the one this was initialised from.")
@@ -45,35 +43,28 @@ def command(
         network, tokenizer = load(model, dtype=dtype, device=device)
         other = load(beside, dtype=dtype, device=device)[0] if beside else None
         chosen = read_lines(texts) if texts else calibration_texts(tokenizer, count)
-        common: dict[str, Any] = {"max_tokens": max_tokens, "batch_size": batch_size, "outliers": outliers}
-        analysis = analyze(
-            network,
-            tokenizer,
-            chosen,
-            name=model,
-            parts=chosen_parts,
-            **common,
-            on_progress=lambda *at: tell(f"{model}: analyse", *at) if writes else None,
-        )
+
+        def settings(what: str) -> dict[str, Any]:
+            progress = (lambda *at: tell(what, *at)) if writes else None
+            return {"max_tokens": max_tokens, "batch_size": batch_size, "outliers": outliers, "on_progress": progress}
+
         comparison = None
-        if other is not None and beside is not None:
-            comparison = compare(
-                network,
-                other,
-                tokenizer,
-                chosen,
-                names=(model, beside),
-                **common,
-                on_progress=lambda *at: tell(f"{model} beside {beside}", *at) if writes else None,
-            )
+        if other is not None and beside is not None:  # first, as not every model can stand beside another
+            shown = f"{model} beside {beside}"
+            comparison = compare(network, other, tokenizer, chosen, names=(model, beside), **settings(shown))
+        shown = f"{model}: analyse"
+        analysis = analyze(network, tokenizer, chosen, name=model, parts=chosen_parts, **settings(shown))
     if writes:
-        analysis.save(output)
-        console.print(
-            f"{analysis.calibration['tokens']} tokens of {model} analysed; written to {output}", highlight=False
-        )
-        if comparison:
-            comparison.save(output)
-            console.print(_say(comparison), highlight=False)
+        _write(output, analysis, comparison)
+
+
+def _write(output: Path, analysis: Analysis, comparison: Comparison | None) -> None:
+    analysis.save(output)
+    tokens = analysis.calibration["tokens"]
+    console.print(f"{tokens} tokens of {analysis.name} analysed; written to {output}", highlight=False)
+    if comparison:
+        comparison.save(output)
+        console.print(_say(comparison), highlight=False)
 
 
 def _say(comparison: Comparison) -> str:
