@@ -53,13 +53,13 @@ def embedded(name: str, count: int) -> tuple[nn.Module, Any, Sequence[Text]]:
 
 
 def llama(count: int) -> tuple[nn.Module, Any, Sequence[Text]]:
-    """A random Llama of width 512 and 12 blocks, and a sixteenth as many texts of 256 tokens."""
+    """A random Llama of width 512 and 12 blocks, and one text of 256 tokens for every 32 of `count`."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
     torch.manual_seed(0)
     sizes = {"hidden_size": 512, "intermediate_size": 1408, "num_hidden_layers": 12, "num_attention_heads": 8}
     model = LlamaForCausalLM(LlamaConfig(vocab_size=1024, **sizes)).eval()
-    texts = [" ".join(map(str, torch.randint(1024, (256,)).tolist())) for _ in range(max(1, count // 16))]
+    texts = [" ".join(map(str, torch.randint(1024, (256,)).tolist())) for _ in range(max(1, count // 32))]
     return model, Numbers(), texts
 
 
@@ -144,7 +144,7 @@ def main() -> None:
     """Measure and print."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--parts", default="layers", help="as in `skipwise analyze`")
-    parser.add_argument("--texts", type=int, default=256, help="for the embedded models; the Llama reads a sixteenth")
+    parser.add_argument("--texts", type=int, default=512, help="for the embedded models; the Llama reads one for every 32")
     parser.add_argument("--pairs", type=int, default=11)
     parser.add_argument("--warmup", type=int, default=1)
     parser.add_argument("--cpu-time", action="store_true", help="CPU seconds of this process, for a shared machine")

@@ -7,6 +7,8 @@ al., 2012) of token Gram matrices over groups of a fixed number of tokens, avera
 does not depend on the group size in expectation, and memory depends on it alone.
 """
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -37,22 +39,24 @@ class CKA(Sums):
     def __init__(self, states: int):
         super().__init__(tokens=(), hsic=(states, states))
 
-    def add(self, states: Tensor, texts: int) -> None:
-        """states: (n, batch, length, width), of which every `texts` texts on end are one source of tokens.
+    def add(self, states: Sequence[Tensor], texts: int) -> None:
+        """states: n tensors (batch, length, width), of which every `texts` texts on end are one source of tokens.
 
         A group is GROUP tokens evenly spread over its texts, or all where they have fewer; groups weigh by tokens.
         """
-        whole = states.shape[1] // texts * texts
-        for part, count in ((states[:, :whole], texts), (states[:, whole:], states.shape[1] - whole)):
-            tokens = count * states.shape[2]
-            if part.shape[1] and tokens >= SMALLEST:
-                picked = torch.linspace(0, tokens - 1, min(GROUP, tokens), device=states.device).long()
-                self._add(part.reshape(len(part), -1, tokens, part.shape[-1]).index_select(2, picked))
+        batch, length, width = states[0].shape
+        whole = batch // texts * texts
+        for start, end, count in ((0, whole, texts), (whole, batch, batch - whole)):
+            tokens = count * length
+            if start < end and tokens >= SMALLEST:
+                picked = torch.linspace(0, tokens - 1, min(GROUP, tokens)).long().to(states[0].device)
+                sources = (state[start:end].reshape(-1, tokens, width) for state in states)
+                self._add(torch.stack([source.index_select(1, picked) for source in sources], dim=1))
 
     def _add(self, states: Tensor) -> None:
-        """states: (n, groups, tokens, width)."""
+        """states: (groups, n, tokens, width)."""
         tokens = states.shape[2]
-        states = states.transpose(0, 1).float()
+        states = states.float()
         # HSIC_1 does not mind a shift of all tokens, but float32 does
         states = states - states.mean(2, keepdim=True)
         hsic = unbiased_hsic(states @ states.mT)

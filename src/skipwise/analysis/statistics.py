@@ -54,14 +54,15 @@ class Statistics:
     def add(self, states: Sequence[Tensor]) -> None:
         """states: n tensors (batch, length, width), the boundary states of one forward over whole texts."""
         self.forwards.accumulate(number=1)
-        texts = texts_a_group(states[0].shape[1])
-        rows = max(1, at_once(states[0][:1]) // len(states) // texts) * texts
+        if self.cka:
+            self.cka.add(states, texts_a_group(states[0].shape[1]))
+        if not (self.layers or self.tokens):
+            return
+        rows = max(1, at_once(states[0][:1]) // len(states))
         for start in range(0, len(states[0]), rows):
             some = torch.stack([state[start : start + rows] for state in states]).float()
             if self.layers:
                 self.layers.add(some.flatten(1, 2))
-            if self.cka:
-                self.cka.add(some, texts)
             if self.tokens:
                 self.tokens.add(some)
 
