@@ -144,7 +144,7 @@ def main() -> None:
     """Measure and print."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--parts", default="layers", help="as in `skipwise analyze`")
-    parser.add_argument("--texts", type=int, default=512, help="for the embedded models; the Llama reads one for every 32")
+    parser.add_argument("--texts", type=int, default=512, help="embedded models; the Llama reads 1 in 32")
     parser.add_argument("--pairs", type=int, default=11)
     parser.add_argument("--warmup", type=int, default=1)
     parser.add_argument("--cpu-time", action="store_true", help="CPU seconds of this process, for a shared machine")
