@@ -201,7 +201,7 @@ def test_fitting_beside_a_plain_loop(kind: Any) -> None:
         for batch in calibration.batches():
             with StateReader(model, find_contract(model).stacks["model.layers"]).reading() as reader:
                 model(batch.inputs, use_cache=False)
-                states = reader.boundaries()[1:]
+                states = reader.take()[1:]
             whole.append(torch.stack(states).flatten(1, 2))
             first.append(states[0].flatten(0, 1))
     target, x = torch.cat(whole, dim=1), torch.cat(first)

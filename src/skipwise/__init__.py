@@ -4,7 +4,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from skipwise.analysis import Analysis, analyze
+    from skipwise.analysis import Analysis, Comparison, analyze, compare
     from skipwise.blocks import find_contract
     from skipwise.calibration import Calibration
     from skipwise.cost import estimate
@@ -23,10 +23,12 @@ if TYPE_CHECKING:
 _HOMES = {
     "Analysis": "analysis",
     "Calibration": "calibration",
+    "Comparison": "analysis",
     "Plan": "plan",
     "Result": "evaluation",
     "UserError": "errors",
     "analyze": "analysis",
+    "compare": "analysis",
     "estimate": "cost",
     "evaluate": "evaluation",
     "export": "exporting",
@@ -44,10 +46,12 @@ _HOMES = {
 __all__ = [
     "Analysis",
     "Calibration",
+    "Comparison",
     "Plan",
     "Result",
     "UserError",
     "analyze",
+    "compare",
     "estimate",
     "evaluate",
     "export",

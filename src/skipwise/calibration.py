@@ -8,7 +8,7 @@ import hashlib
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -28,6 +28,9 @@ class Sample:
     prompt: int
 
 
+AnySample = TypeVar("AnySample", bound=Sample)
+
+
 def tokenize(tokenizer: Any, texts: Sequence[Text], max_tokens: int = 512) -> list[Sample]:
     """Samples of two tokens or more, cut to `max_tokens`; of a plain text the first half is given.
 
@@ -41,7 +44,7 @@ def tokenize(tokenizer: Any, texts: Sequence[Text], max_tokens: int = 512) -> li
         if len(ids) > 1:
             samples.append(Sample(tuple(ids), min(kept, len(ids) - 1)))
     if not samples:
-        raise UserError("None of the calibration texts has two tokens; give at least one text of two tokens or more.")
+        raise UserError("There are no texts to read: none has two tokens; give at least one text of two tokens or more.")
     return samples
 
 
@@ -51,14 +54,12 @@ def fingerprint(samples: Sequence[Sample]) -> dict[str, Any]:
     return {"sha256": digest, "tokens": sum(len(sample.ids) for sample in samples), "texts": len(samples)}
 
 
-def equal_shapes(samples: Sequence[Sample], batch_size: int) -> Iterator[list[Sample]]:
-    """Batches of samples of equal shape, so that nothing is padded."""
-    groups: dict[tuple[int, int], list[Sample]] = defaultdict(list)
+def equal_shapes(samples: Sequence[AnySample]) -> list[list[AnySample]]:
+    """Samples in groups of equal shape, so that nothing needs to be padded."""
+    groups: dict[tuple[int, int], list[AnySample]] = defaultdict(list)
     for sample in samples:
         groups[len(sample.ids), sample.prompt].append(sample)
-    for group in groups.values():
-        for start in range(0, len(group), batch_size):
-            yield group[start : start + batch_size]
+    return list(groups.values())
 
 
 @dataclass(frozen=True)
@@ -93,13 +94,18 @@ class Calibration:
         """All samples once, of a diffusion model at progress `begin` to `end` of the trajectory."""
         generator = torch.Generator().manual_seed(self.seed * 1_000_003 + epoch)
         device = next(self.model.parameters()).device
-        for group in equal_shapes(self.samples, self.batch_size):
+        for group in self._groups():
             ids = torch.tensor([sample.ids for sample in group])
             if kind_of(self.model) == "autoregressive":
                 batch = _causal(ids, group[0].prompt)
             else:
                 batch = _noised(ids, group[0].prompt, mask_token(self.model), begin, end, generator)
             yield Batch(batch.inputs.to(device), batch.predicted.to(device))
+
+    def _groups(self) -> Iterator[Sequence[Sample]]:
+        for alike in equal_shapes(self.samples):
+            for start in range(0, len(alike), self.batch_size):
+                yield alike[start : start + self.batch_size]
 
 
 def _causal(ids: Tensor, prompt: int) -> Batch:

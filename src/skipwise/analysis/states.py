@@ -1,8 +1,9 @@
 """Statistics of hidden states between blocks, streamed: memory does not grow with the number of tokens.
 
 Source: "Skip to the Good Part" (arXiv 2603.07475), layer-wise analysis: cosine similarity between the hidden states of
-every pair of layers, averaged over tokens. The relative update norm beside it is ours, because one outlier channel can
-hold a cosine near 1 (arXiv 2605.06366). States are read at the blocks, so the last one is before the final norm.
+every pair of layers, averaged over tokens. Ours, because one outlier channel can hold a cosine near 1 (arXiv
+2605.06366): the same without the outlier channels, and the relative update norm. States are read at the blocks, so the
+last one is before the final norm.
 """
 
 import inspect
@@ -13,44 +14,121 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from skipwise.analysis.sums import Sums
 from skipwise.blocks import Stack, bind, module_list
+from skipwise.errors import UserError
 
-_EPSILON = 1e-12
+_EPSILON = 1e-24  # of a squared norm
+_FEWEST = 32  # tokens that are looked at at once
 
 
-class StateStatistics:
-    """Running sums over tokens of one stack's boundary states; a stack of n blocks has n + 1."""
+class StateStatistics(Sums):
+    """Sums over tokens of one stack's boundary states; a stack of n blocks has n + 1.
 
-    def __init__(self, blocks: int):
-        self.tokens = 0
-        self._similarity = torch.zeros(blocks + 1, blocks + 1, dtype=torch.float64)
-        self._update_norm = torch.zeros(blocks, dtype=torch.float64)
+    outliers: the channels, (c,) int64, that `similarity_without_outliers` leaves out.
+    """
+
+    def __init__(self, blocks: int, outliers: Tensor | None = None):
+        self.outliers = torch.zeros(0, dtype=torch.long) if outliers is None else outliers
+        pairs = (blocks + 1, blocks + 1)
+        share = (blocks + 1, len(self.outliers))
+        super().__init__(
+            tokens=(), similarity=pairs, without_outliers=pairs, outlier_share=share, update_norm=(blocks,)
+        )
+
+    @property
+    def tokens(self) -> int:
+        """How many tokens went in."""
+        return int(self.totals["tokens"])
 
     def add(self, states: Tensor) -> None:
         """states: (blocks + 1, tokens, width), any float dtype."""
-        states = states.float()
-        norms = states.norm(dim=-1).clamp_min(_EPSILON)  # (blocks + 1, tokens)
-        # the sum over tokens of the cosines of every pair is one product of the flattened unit vectors
-        unit = (states / norms[..., None]).flatten(1)
-        self._similarity += (unit @ unit.T).double().cpu()
-        updates = (states[1:] - states[:-1]).norm(dim=-1)
-        self._update_norm += (updates / norms[:-1]).double().sum(1).cpu()
-        self.tokens += states.shape[1]
+        for part in states.split(max(_FEWEST, at_once(states[:, :1])), dim=1):
+            self._add(part.float())
+
+    def _add(self, states: Tensor) -> None:
+        outliers = self.outliers.to(states.device)
+        apart = states[..., outliers]  # (blocks + 1, tokens, c)
+        rest = states.index_fill(-1, outliers, 0.0) if len(outliers) else states
+        # a token's products are summed without its outliers first: beside them, in float32, the rest would be lost
+        products = _products(rest)
+        squares = products.diagonal(dim1=1, dim2=2)  # (tokens, blocks + 1)
+        without = _mean_over_norms(products, squares)
+        squares = squares + apart.square().sum(-1).T
+        updates = (states[1:] - states[:-1]).norm(dim=-1)  # (blocks, tokens)
+        self.accumulate(
+            tokens=states.shape[1],
+            without_outliers=without,
+            similarity=_mean_over_norms(products + _outer(apart), squares) if len(outliers) else without,
+            outlier_share=(apart.square() / squares.T.clamp_min(_EPSILON)[..., None]).sum(1),
+            update_norm=(updates * squares.T[:-1].clamp_min(_EPSILON).rsqrt()).sum(1),
+        )
 
     @property
     def similarity(self) -> Tensor:
         """(blocks + 1, blocks + 1): mean cosine of every pair of boundary states; NaN before any token."""
-        return self._similarity / self.tokens if self.tokens else torch.full_like(self._similarity, torch.nan)
+        return self._mean("similarity")
+
+    @property
+    def similarity_without_outliers(self) -> Tensor:
+        """(blocks + 1, blocks + 1): the same of states whose outlier channels are set to zero."""
+        return self._mean("without_outliers")
+
+    @property
+    def outlier_share(self) -> Tensor:
+        """(blocks + 1, c): mean share of a token's squared norm that each outlier channel holds."""
+        return self._mean("outlier_share")
 
     @property
     def update_norm(self) -> Tensor:
         """(blocks,): mean of |output - input| / |input|; NaN before any token."""
-        return self._update_norm / self.tokens if self.tokens else torch.full_like(self._update_norm, torch.nan)
+        return self._mean("update_norm")
 
     @property
     def successive_similarity(self) -> Tensor:
         """(blocks,): mean cosine between the input and the output of every block."""
         return torch.diagonal(self.similarity, offset=1)
+
+    def _mean(self, name: str) -> Tensor:
+        return self.totals[name] / self.totals["tokens"]
+
+
+def _products(states: Tensor) -> Tensor:
+    """(tokens, n, n): of each token's states (n, tokens, width), the dot products of every pair."""
+    return torch.bmm(states.permute(1, 0, 2), states.permute(1, 2, 0))
+
+
+def _outer(states: Tensor) -> Tensor:
+    """`_products` of states so narrow, one channel as a rule, that a loop over the channels is quicker."""
+    first, *others = states.permute(2, 1, 0)  # (channels, tokens, n)
+    products = first[:, :, None] * first[:, None]
+    for channel in others:
+        products += channel[:, :, None] * channel[:, None]
+    return products
+
+
+def _mean_over_norms(products: Tensor, squares: Tensor) -> Tensor:
+    """(n, n): sum over tokens of products (tokens, n, n) over the norms, whose squares are (tokens, n)."""
+    inverse = squares.clamp_min(_EPSILON).rsqrt()
+    return (products * inverse[:, :, None] * inverse[:, None]).sum(0)
+
+
+def at_once(item: Tensor) -> int:
+    """How many such items are best looked at together: on a CPU, what its cache holds (three times as fast as all)."""
+    return max(1, (2**19 if item.device.type == "cpu" else 2**26) // item.numel())
+
+
+def outlier_channels(states: Tensor, count: int) -> Tensor:
+    """(count,) int64: the channels that hold the largest share of the mean square over tokens, the largest first.
+
+    states: (n, tokens, width). The share is averaged over the n boundary states, whose norms differ, so that every pair
+    of them is compared on the same channels. Raises UserError when no channel would be left.
+    """
+    if not 0 <= count < states.shape[-1]:
+        raise UserError(f"outliers={count} is not a number of channels to leave out of {states.shape[-1]}; 1 is usual.")
+    squares = states.double().square().mean(1)  # (n, width)
+    shares = squares / squares.sum(1, keepdim=True).clamp_min(_EPSILON)
+    return shares.mean(0).topk(count).indices
 
 
 class StateReader:
@@ -61,7 +139,7 @@ class StateReader:
         self._signature = inspect.signature(type(self._blocks[0]).forward)
         # of several streams the one that a block takes first: the image's, which the last block returns too
         order = list(self._signature.parameters)
-        self._stream = min(stack.streams, key=lambda stream: order.index(stream.argument))
+        self.stream = min(stack.streams, key=lambda stream: order.index(stream.argument))
         self._states: list[Tensor] = []
 
     @contextmanager
@@ -69,10 +147,10 @@ class StateReader:
         """Attach to the model for a while; every forward inside replaces the states of the one before."""
 
         def first(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
-            self._states = [bind(self._signature, module, args, kwargs)[self._stream.argument]]
+            self._states = [bind(self._signature, module, args, kwargs)[self.stream.argument]]
 
         def each(module: nn.Module, args: tuple, result: Any) -> None:
-            self._states.append(result if self._stream.output is None else result[self._stream.output])
+            self._states.append(result if self.stream.output is None else result[self.stream.output])
 
         handles = [self._blocks[0].register_forward_pre_hook(first, with_kwargs=True)]
         handles += [block.register_forward_hook(each) for block in self._blocks]
@@ -83,10 +161,7 @@ class StateReader:
                 handle.remove()
             self._states = []
 
-    def boundaries(self) -> list[Tensor]:
-        """The last forward's boundary states, each (batch, length, width): what goes into every block, and the end."""
-        return list(self._states)
-
-    def states(self, keep: Tensor) -> Tensor:
-        """(blocks + 1, tokens, width): the last forward's states at positions where `keep` (batch, length) is true."""
-        return torch.stack([state[keep] for state in self._states])
+    def take(self) -> list[Tensor]:
+        """blocks + 1 tensors (batch, length, width) of the last forward, which are forgotten here."""
+        states, self._states = self._states, []
+        return states

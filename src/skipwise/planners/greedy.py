@@ -87,7 +87,7 @@ class _Search:
             reader = StateReader(self.model, self.contract.stacks[self.stack])
             with reader.reading():
                 self.model(input_ids=batch.inputs)
-                boundaries = reader.boundaries()
+                boundaries = reader.take()
         finally:
             undo()
         self.evaluated += len(kept)

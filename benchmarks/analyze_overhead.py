@@ -1,0 +1,165 @@
+"""What does an analysis cost beside its forwards? Time of `skipwise.analyze` / time of the same forwards alone.
+
+What is measured: the part of an analysis that grows with the texts (the forwards, reading their states, and the forward
+that finds the outlier channels) against the same forwards without anything attached, in turns in one process, `--pairs`
+pairs after `--warmup`; the order within a pair alternates. The figure is the median of the pairs' ratios with its 95%
+bootstrap interval; 1.25 means that an analysis takes a quarter longer. What an analysis does once whatever the texts
+(tracing the contract, pricing the blocks) is timed apart, in milliseconds.
+
+    python benchmarks/analyze_overhead.py                     # the layers, on three models
+    python benchmarks/analyze_overhead.py --parts layers,tokens --cpu-time
+The last line of stdout is JSON.
+"""
+
+import os
+
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
+import argparse
+import json
+import platform
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import nn
+
+import skipwise as sw
+from skipwise.analysis.run import Run
+from skipwise.analysis.samples import Batch, Text, batches, tokenize
+from skipwise.blocks import find_contract
+from skipwise.cost import price_blocks
+from skipwise.evaluation import calibration_texts
+from skipwise.models import kind_of
+from skipwise.sampling.llada import LLaDASettings, decode, mask_token
+from skipwise.versions import versions
+
+SETTINGS = {"outliers": 1, "noise_levels": 8, "step_bins": 8, "max_steps": 32, "seed": 0}  # the defaults of `analyze`
+
+
+class Numbers:
+    """A tokenizer for a random model: a text is a list of numbers."""
+
+    def __call__(self, text: str) -> dict[str, list[int]]:
+        """As tokenizers give them."""
+        return {"input_ids": [int(part) for part in text.split()]}
+
+
+def embedded(name: str, count: int) -> tuple[nn.Module, Any, Sequence[Text]]:
+    model, tokenizer = sw.load(name)
+    return model, tokenizer, calibration_texts(tokenizer, count)
+
+
+def llama(count: int) -> tuple[nn.Module, Any, Sequence[Text]]:
+    """A random Llama of width 512 and 12 blocks, and one text of 256 tokens for every 32 of `count`."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 512, "intermediate_size": 1408, "num_hidden_layers": 12, "num_attention_heads": 8}
+    model = LlamaForCausalLM(LlamaConfig(vocab_size=1024, **sizes)).eval()
+    texts = [" ".join(map(str, torch.randint(1024, (256,)).tolist())) for _ in range(max(1, count // 32))]
+    return model, Numbers(), texts
+
+
+def forwards(model: nn.Module, work: Sequence[Batch]) -> None:
+    """What `analyze` runs, with nothing attached."""
+    diffusion = kind_of(model) == "masked diffusion"
+    for batch in work if diffusion else ():
+        prompt, length = batch.samples[0].prompt, len(batch.samples[0].ids)
+        settings = LLaDASettings(gen_length=length - prompt, steps=min(length - prompt, SETTINGS["max_steps"]))
+        decode(model, batch.ids[:, :prompt], mask_token(model), settings)
+    for batch in work:
+        levels = SETTINGS["noise_levels"] if diffusion else 1
+        for i in range(levels):
+            masked = batch.noise(0) < (i + 0.5) / levels
+            model(input_ids=batch.ids.masked_fill(masked, mask_token(model)) if diffusion else batch.ids)
+
+
+def timed(call: Callable[[], object], clock: Callable[[], float]) -> float:
+    """Seconds of one call."""
+    began = clock()
+    call()
+    return clock() - began
+
+
+def bootstrap(values: list[float]) -> tuple[float, float]:
+    """95% interval of the median."""
+    tensor = torch.tensor(values)
+    places = torch.randint(len(values), (2000, len(values)), generator=torch.Generator().manual_seed(0))
+    low, high = tensor[places].median(1).values.quantile(torch.tensor([0.025, 0.975])).tolist()
+    return low, high
+
+
+def measure(
+    name: str,
+    model: nn.Module,
+    tokenizer: Any,
+    texts: Sequence[Text],
+    parts: Sequence[str],
+    pairs: int,
+    warmup: int,
+    clock: Callable[[], float],
+) -> dict[str, object]:
+    """The ratio for one model."""
+    samples = tokenize(tokenizer, texts, 512)
+    work = batches(samples, 64)
+    began = time.perf_counter()
+    contract = find_contract(model)
+    price_blocks(model)
+    once = time.perf_counter() - began
+    stack = contract.main_stack
+
+    def analysed() -> object:
+        return Run(model, contract, stack, samples, work, parts, **SETTINGS).tensors()
+
+    def plain() -> object:
+        return forwards(model, work)
+
+    ratios, seconds = [], []
+    with torch.no_grad():
+        for pair in range(warmup + pairs):
+            order = (analysed, plain) if pair % 2 else (plain, analysed)
+            times = {call: timed(call, clock) for call in order}
+            if pair >= warmup:
+                ratios.append(times[analysed] / times[plain])
+                seconds.append(times[plain])
+    low, high = bootstrap(ratios)
+    return {
+        "model": name,
+        "parts": ",".join(parts),
+        "texts": len(samples),
+        "tokens": sum(len(sample.ids) for sample in samples),
+        "ratio": round(statistics.median(ratios), 4),
+        "low": round(low, 4),
+        "high": round(high, 4),
+        "plain_seconds": round(statistics.median(seconds), 3),
+        "once_ms": round(1000 * once, 1),
+        "pairs": pairs,
+    }
+
+
+def main() -> None:
+    """Measure and print."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--parts", default="layers", help="as in `skipwise analyze`")
+    parser.add_argument("--texts", type=int, default=512, help="embedded models; the Llama reads 1 in 32")
+    parser.add_argument("--pairs", type=int, default=11)
+    parser.add_argument("--warmup", type=int, default=1)
+    parser.add_argument("--cpu-time", action="store_true", help="CPU seconds of this process, for a shared machine")
+    settings = parser.parse_args()
+    clock = time.process_time if settings.cpu_time else time.perf_counter
+    rows = []
+    builders = {name: (lambda name=name: embedded(name, settings.texts)) for name in ("tiny-dllm", "tiny-ar")}
+    for name, build in (builders | {"llama-512x12": lambda: llama(settings.texts)}).items():
+        row = measure(name, *build(), settings.parts.split(","), settings.pairs, settings.warmup, clock)
+        rows.append(row)
+        print("{model} ({parts}): {ratio} ({low} to {high}), {once_ms} ms once".format(**row), flush=True)
+    machine = {"processor": platform.processor() or platform.machine(), "threads": torch.get_num_threads()}
+    machine |= {"clock": "cpu" if settings.cpu_time else "wall"}
+    print(json.dumps({"rows": rows, "machine": machine, "versions": versions()}))
+
+
+if __name__ == "__main__":
+    main()
