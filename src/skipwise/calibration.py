@@ -44,7 +44,7 @@ def tokenize(tokenizer: Any, texts: Sequence[Text], max_tokens: int = 512) -> li
         if len(ids) > 1:
             samples.append(Sample(tuple(ids), min(kept, len(ids) - 1)))
     if not samples:
-        raise UserError("There are no texts to read: none has two tokens; give at least one text of two tokens or more.")
+        raise UserError("There are no texts to read: none has two tokens; give at least one of two tokens or more.")
     return samples
 
 

@@ -7,15 +7,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
-import skipwise.calibration as calibration
 from skipwise.analysis.cka import texts_a_group
+from skipwise.calibration import Sample as PlainSample
+from skipwise.calibration import Text, equal_shapes
+from skipwise.calibration import tokenize as plain_samples
 
 PROBES = 16  # texts that the costly parts, lens and attention, look at
 FIRST = 64  # tokens whose states say which channels are outliers
 
 
 @dataclass(frozen=True)
-class Sample(calibration.Sample):
+class Sample(PlainSample):
     """number: the text's place, which seeds its noise; probe: whether the costly parts look at it."""
 
     number: int = 0
@@ -47,9 +49,9 @@ class Batch:
         return torch.stack([sample.noise(seed) for sample in self.samples])
 
 
-def tokenize(tokenizer: Any, texts: Sequence[calibration.Text], max_tokens: int) -> list[Sample]:
+def tokenize(tokenizer: Any, texts: Sequence[Text], max_tokens: int) -> list[Sample]:
     """Texts of two tokens or more, cut to max_tokens. Raises UserError when there is none."""
-    found = calibration.tokenize(tokenizer, texts, max_tokens)
+    found = plain_samples(tokenizer, texts, max_tokens)
     probes = set(torch.linspace(0, len(found) - 1, min(PROBES, len(found))).long().tolist())
     return [Sample(sample.ids, sample.prompt, i, i in probes) for i, sample in enumerate(found)]
 
@@ -57,7 +59,7 @@ def tokenize(tokenizer: Any, texts: Sequence[calibration.Text], max_tokens: int)
 def batches(samples: Sequence[Sample], batch_size: int) -> list[Batch]:
     """Batches of samples of equal shape: `batch_size` texts, rounded up to whole CKA groups."""
     found = []
-    for group in calibration.equal_shapes(samples):
+    for group in equal_shapes(samples):
         texts = texts_a_group(len(group[0].ids))
         size = -(-batch_size // texts) * texts
         found += [Batch(tuple(group[start : start + size])) for start in range(0, len(group), size)]
