@@ -20,10 +20,11 @@ from safetensors import SafetensorError
 from torch import nn
 from transformers.utils import logging as transformers_logging
 
-from skipwise import presets
 from skipwise.errors import UserError, require, unknown
 from skipwise.files import user_cache
 from skipwise.models import dream, llada, mdlm
+from skipwise.presets import names as preset_names
+from skipwise.presets import read as read_preset
 
 # config.json model_type -> (model class, config class, key mapping)
 NATIVE: dict[str, tuple[Any, Any, dict[str, str]]] = {
@@ -95,8 +96,8 @@ def load_skeleton(name: str, *, dtype: str | None = None, revision: str | None =
 
 
 def _skeleton(name: str, revision: str | None) -> nn.Module:
-    if name in presets.names():
-        return build_skeleton(presets.read(name), name)
+    if name in preset_names():
+        return build_skeleton(read_preset(name), name)
     source = find(name, revision, weights=False)
     if source.gguf:
         raise UserError(f"{name} is a GGUF file, whose config comes with its weights; load it instead.")
@@ -131,10 +132,10 @@ def find(name: str, revision: str | None = None, weights: bool = True) -> Source
 
 
 def _from_hub(name: str, revision: str | None, weights: bool) -> Source:
-    if name in presets.names():
+    if name in preset_names():
         raise UserError(f"{name} is a preset, a config without weights; use it with `skipwise inspect`.")
     if name.count("/") != 1 or name.startswith((".", "/", "~")):
-        known = [*embedded_names(), *FETCHED, *presets.names()]
+        known = [*embedded_names(), *FETCHED, *preset_names()]
         problem = str(unknown("model", name, known))
         raise UserError(f"{problem} Or give an existing folder, a .gguf file, or a hub id such as org/name.")
     patterns = PATTERNS if weights else ["config.json", "*/config.json", "model_index.json"]
