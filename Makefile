@@ -4,7 +4,7 @@ BIN := .venv/bin
 PIP := $(BIN)/python -m pip install -q -c constraints.txt
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-slow lint smollm2 clean
+.PHONY: help demo test test-slow lint reproduce-p1 bench smollm2 clean
 .NOTPARALLEL:  # two pips must not write to one environment
 
 help:  ## Show the targets
@@ -24,6 +24,13 @@ lint: .venv/.installed-dev  ## ruff and mypy
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+reproduce-p1: .venv/.installed-dev smollm2  ## Make docs/results/p1.md anew (about 40 minutes of two cores)
+	HF_HUB_OFFLINE=1 $(BIN)/python reproduce/run_p1.py
+
+bench: .venv/.installed-dev  ## Timings, as ratios of two things measured in turns
+	$(BIN)/python benchmarks/skip_overhead.py
+	$(BIN)/python benchmarks/analyze_overhead.py
 
 smollm2: .venv/.installed-gguf  ## Fetch SmolLM2-135M once (93 MB) and convert it
 	$(BIN)/python -m skipwise.zoo.smollm2

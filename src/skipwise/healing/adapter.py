@@ -61,7 +61,7 @@ def heal(
     on_progress(step, steps, loss) is called after every step. stop_after: end early, as if killed after that step.
     Raises UserError for a plan of another model, one that is healed already, and without peft.
     """
-    require("peft", "image")
+    require("peft", "heal")
     settings = settings or HealSettings()
     plan.check_model(find_contract(calibration.model).shape)
     if plan.adapter is not None:
