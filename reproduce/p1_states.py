@@ -19,7 +19,7 @@ import numpy as np
 import torch
 
 import skipwise as sw
-from skipwise.calibration import tokenize
+from skipwise.calibration import divergence, tokenize
 from skipwise.evaluation import calibration_texts, default_tasks
 from skipwise.evaluation.measure import interval, resamples
 from skipwise.evaluation.texts import documents
@@ -56,11 +56,7 @@ def held_out(tokenizer: Any, examples: int) -> list:
 @torch.no_grad()
 def predictions(calibration: sw.Calibration) -> list[tuple[torch.Tensor, torch.Tensor]]:
     """(where, log-probabilities of the predicted tokens), batch by batch, as the model is now."""
-    found = []
-    for batch in calibration.batches():
-        logits = calibration.model(input_ids=batch.inputs).logits
-        found.append((batch.predicted, logits[batch.predicted].float().log_softmax(-1)))
-    return found
+    return [(batch.predicted, batch.predictions(calibration.model)) for batch in calibration.batches()]
 
 
 def divergences(calibration: sw.Calibration, plan: sw.Plan, wanted: list) -> np.ndarray:
@@ -69,7 +65,7 @@ def divergences(calibration: sw.Calibration, plan: sw.Plan, wanted: list) -> np.
     with sw.skip(calibration.model, plan):
         found = predictions(calibration)
     for (where, target), (_, other) in zip(wanted, found, strict=True):
-        kl = torch.zeros(where.shape).masked_scatter_(where, (target.exp() * (target - other)).sum(-1))
+        kl = torch.zeros(where.shape).masked_scatter_(where, divergence(target, other))
         rows.append((kl.sum(1) / where.sum(1)).numpy())
     return np.concatenate(rows)
 

@@ -1,61 +1,49 @@
 """The scripts behind docs/results: the committed page is what they make of the committed Results, and they run."""
 
-import importlib.util
 import json
 import subprocess
 import sys
 from pathlib import Path
-from types import ModuleType
 
 import pytest
+from p1_claims import FAILS, HOLDS, claims
+from p1_page import page
+from p1_results import KINDS, REAL, Study, read
+
+import skipwise as sw
 
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "docs" / "results" / "p1"
 
 
-def script(name: str) -> ModuleType:
-    spec = importlib.util.spec_from_file_location(name, ROOT / "reproduce" / f"{name}.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[name] = module
-    spec.loader.exec_module(module)
-    return module
-
-
 def test_the_page_is_made_from_the_results() -> None:
-    page = script("p1_page")
-    assert page.page(page.read(RESULTS)) == RESULTS.with_suffix(".md").read_text(encoding="utf-8")
+    assert page(read(RESULTS)) == RESULTS.with_suffix(".md").read_text(encoding="utf-8")
 
 
 def test_all_seeds_of_all_kinds_are_there_and_solve_their_tasks() -> None:
-    page = script("p1_page")
-    studies = page.read(RESULTS)
-    assert {f"{kind}-{seed}" for kind in page.KINDS for seed in (0, 1, 2)} | {page.REAL} == set(studies)
+    studies = read(RESULTS)
+    assert {f"{kind}-{seed}" for kind in KINDS for seed in (0, 1, 2)} | {REAL} == set(studies)
     for label, study in studies.items():
-        if label != page.REAL:
+        if label != REAL:
             scores = study.result.rows[0].scores.values()
             assert min(score.value.value for score in scores) >= 0.95, label
 
 
 def test_verdicts_follow_the_numbers(tmp_path: Path) -> None:
     """With the retention of one model changed, the claim that rests on it changes its verdict."""
-    page = script("p1_page")
-    studies = page.read(RESULTS)
-    before = {claim: found for claim, found, _ in page.claims(studies)}
+    studies = read(RESULTS)
+    before = {claim: found for claim, found, _ in claims(studies)}
     name = "A native diffusion model keeps more than 90% with 18.75% of layer FLOPs skipped by similarity"
     text = json.loads((RESULTS / "tiny-dllm-1.result.json").read_text())
     for row in text["rows"]:
         if row["method"] == "similarity" and row["k"] == 5:
-            row["mean_retention"]["value"] = 0.2 if before[name] == page.HOLDS else 1.0
+            row["mean_retention"]["value"] = 0.2 if before[name] == HOLDS else 1.0
     result = tmp_path / "changed.json"
     result.write_text(json.dumps(text))
-    import skipwise as sw
-
-    changed = page.Study("tiny-dllm-1", sw.Result.load(result), studies["tiny-dllm-1"].states)
-    after = {claim: found for claim, found, _ in page.claims({**studies, "tiny-dllm-1": changed})}
-    if before[name] == page.HOLDS:
-        assert after[name] == page.FAILS
+    changed = Study("tiny-dllm-1", sw.Result.load(result), studies["tiny-dllm-1"].states)
+    after = {claim: found for claim, found, _ in claims({**studies, "tiny-dllm-1": changed})}
+    if before[name] == HOLDS:
+        assert after[name] == FAILS
     assert {claim for claim in before if before[claim] != after[claim]} <= {name}
 
 
@@ -65,6 +53,6 @@ def test_one_study_runs(tmp_path: Path) -> None:
     for name in ("p1", "p1_states"):
         command = [sys.executable, str(ROOT / "reproduce" / f"{name}.py"), "tiny-ar", "--label", "tiny-ar-0"]
         subprocess.run([*command, "--output", str(tmp_path), "--quick"], check=True, cwd=tmp_path)
-    study = script("p1_page").read(tmp_path)["tiny-ar-0"]
+    study = read(tmp_path)["tiny-ar-0"]
     assert {"similarity", "window", "greedy", "random"} <= {row.method for row in study.result.rows}
     assert study.states["moved"]

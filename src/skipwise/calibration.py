@@ -69,6 +69,15 @@ class Batch:
     inputs: Tensor
     predicted: Tensor
 
+    def predictions(self, model: nn.Module) -> Tensor:
+        """(predicted tokens, vocabulary): log-probabilities, as the model is now."""
+        return model(input_ids=self.inputs).logits[self.predicted].float().log_softmax(-1)
+
+
+def divergence(target: Tensor, found: Tensor) -> Tensor:
+    """(tokens,): KL(target || found) in nats; both log-probabilities (tokens, vocabulary)."""
+    return (target.exp() * (target - found)).sum(-1)
+
 
 @dataclass
 class Calibration:

@@ -12,10 +12,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from skipwise.blocks import find_contract, module_list
-from skipwise.calibration import Batch, Calibration
+from skipwise.calibration import Batch, Calibration, divergence
 from skipwise.errors import UserError, require
 from skipwise.plan import Plan
 from skipwise.skipping import Skipping, skip, whole
@@ -117,17 +117,13 @@ class _Trainer:
             group["lr"] = self.settings.rate(step)
         skipping.at(progress)
         with torch.no_grad(), self.peft.disable_adapter(), whole(self.model):
-            wanted = self._predict(batch)
-        loss = (wanted.exp() * (wanted - self._predict(batch))).sum(-1).mean()
+            wanted = batch.predictions(self.model)
+        loss = divergence(wanted, batch.predictions(self.model)).mean()
         loss.backward()
         nn.utils.clip_grad_norm_(self.parameters, 1.0)
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         return float(loss.detach())
-
-    def _predict(self, batch: Batch) -> Tensor:
-        """(predicted tokens, vocabulary): log-probabilities."""
-        return self.model(input_ids=batch.inputs).logits[batch.predicted].float().log_softmax(-1)
 
     def _save(self, step: int) -> None:
         state = {

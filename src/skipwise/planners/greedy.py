@@ -14,7 +14,7 @@ from torch import Tensor
 from skipwise.analysis.record import Analysis
 from skipwise.analysis.states import StateReader
 from skipwise.blocks import Contract, find_contract
-from skipwise.calibration import Batch, Calibration
+from skipwise.calibration import Batch, Calibration, divergence
 from skipwise.errors import UserError
 from skipwise.planners.base import Allowance, Choice, planner
 from skipwise.skipping import Cut, apply
@@ -44,7 +44,7 @@ class _Search:
         self.length = self.contract.stacks[stack].length
         self.batches = list(calibration.batches())
         with torch.no_grad():
-            self.targets = [self._predict(batch) for batch in self.batches]
+            self.targets = [batch.predictions(self.model) for batch in self.batches]
         self.costs: list[float] = []
         self.evaluated = 0  # blocks run, to be held beside the naive count
 
@@ -70,14 +70,9 @@ class _Search:
         for batch, target in zip(self.batches, self.targets, strict=True):
             states = self._states(batch, gone)
             for block in candidates:
-                sums[block] += _divergence(target, self._resume(batch, gone, block, states[block]))
+                sums[block] += float(divergence(target, self._resume(batch, gone, block, states[block])).sum())
             tokens += len(target)
         return {block: total / tokens for block, total in sums.items()}
-
-    def _predict(self, batch: Batch) -> Tensor:
-        """(predicted tokens, vocabulary): log-probabilities."""
-        logits = self.model(input_ids=batch.inputs).logits
-        return logits[batch.predicted].float().log_softmax(-1)
 
     def _states(self, batch: Batch, gone: set[int]) -> dict[int, Tensor]:
         """Block -> the state (batch, length, width) in front of it, without those that are gone."""
@@ -100,11 +95,6 @@ class _Search:
         undo = apply(self.model, self.contract, cut)
         try:
             self.evaluated += self.length - len(skipped)
-            return self._predict(batch)
+            return batch.predictions(self.model)
         finally:
             undo()
-
-
-def _divergence(target: Tensor, found: Tensor) -> float:
-    """Sum over tokens of KL(target || found); both log-probabilities (tokens, vocabulary)."""
-    return float((target.exp() * (target - found)).sum())

@@ -1,0 +1,169 @@
+"""What of paper 1 holds at this scale, and what is ours beyond it: each claim's verdict follows from the numbers."""
+
+from collections.abc import Callable
+from statistics import fmean
+
+from p1_results import KINDS, REAL, Study, of_kind, shown, spread
+
+from skipwise.evaluation import Interval, Row, difference
+
+# A claim of the paper, and what is found here: (claim, verdict, evidence)
+Verdict = tuple[str, str, str]
+HOLDS, FAILS, UNTESTED = "holds", "does not hold at this scale", "not testable here"
+
+
+def verdict(claim: str, holds: bool, evidence: str) -> Verdict:
+    """A claim with what the numbers say."""
+    return claim, HOLDS if holds else FAILS, evidence
+
+
+def claims(studies: dict[str, Study]) -> list[Verdict]:
+    """Every claim of the paper that a small model can speak about, and those that it cannot."""
+    dllm, ar, child = (of_kind(studies, kind) for kind in KINDS)
+    checks: list[Callable[[], Verdict]] = [
+        lambda: _plateau(dllm, ar),
+        lambda: _recency_claim(dllm, ar),
+        lambda: _initialisation(studies, child, dllm, ar),
+        lambda: _plateau_of_retention(dllm),
+        lambda: _fragile(ar, studies.get(REAL)),
+        lambda: _consecutive(dllm + ar + child),
+        lambda: _like_its_parent(child, dllm, ar),
+    ]
+    found = [check() for check in checks]
+    found.append(
+        (
+            "GSM8K, MATH500, HumanEval and MBPP scores of LLaDA-8B, Dream-7B and Qwen2.5-7B",
+            UNTESTED,
+            "needs their weights and a GPU; docs/reproduce.md has the commands and their cost",
+        )
+    )
+    return found
+
+
+def _plateau(dllm: list[Study], ar: list[Study]) -> Verdict:
+    ours, theirs = ([s.third("similarity", 0) for s in group] for group in (dllm, ar))
+    return verdict(
+        "Native diffusion models have plateaus of near-identical early layers, autoregressive ones do not",
+        min(ours) > max(theirs) and min(ours) > 0.98,
+        f"cosine of successive states in the first third: diffusion {spread(ours)}, autoregressive {spread(theirs)}",
+    )
+
+
+def _recency_claim(dllm: list[Study], ar: list[Study]) -> Verdict:
+    ours, theirs = ([s.middle("recency") for s in group] for group in (dllm, ar))
+    return verdict(
+        "Native diffusion models have less recency bias than autoregressive ones",
+        max(ours) < min(theirs),
+        f"recency of states: diffusion {spread(ours)}, autoregressive {spread(theirs)}",
+    )
+
+
+def _initialisation(studies: dict[str, Study], child: list[Study], dllm: list[Study], ar: list[Study]) -> Verdict:
+    parent, native = [], []
+    for study in child:
+        seed = study.label.rpartition("-")[2]
+        parent.append(fmean(study.states["beside"][f"tiny-ar-{seed}"][1:]))
+        native.append(fmean(study.states["beside"][f"tiny-dllm-{seed}"][1:]))
+    return verdict(
+        "An AR-initialised diffusion model still represents text as its parent does (initialisation bias)",
+        min(parent) > max(native),
+        f"CKA of corresponding layers: with its parent {spread(parent)}, with the native model {spread(native)}",
+    )
+
+
+def _plateau_of_retention(dllm: list[Study]) -> Verdict:
+    values = [study.kept("similarity", 5) for study in dllm]
+    return verdict(
+        "A native diffusion model keeps more than 90% with 18.75% of layer FLOPs skipped by similarity",
+        all(value is not None and value > 0.9 for value in values),
+        f"5 of 24 blocks (20.8%): {spread(values)}",
+    )
+
+
+def _fragile(ar: list[Study], real: Study | None) -> Verdict:
+    values = [study.kept("similarity", 2) for study in ar]
+    known = [value for value in values if value is not None]
+    evidence = f"tiny-ar with 2 of 24 skipped keeps {spread(values)}"
+    if real:
+        evidence += f"; SmolLM2-135M with 2 of 30 keeps {spread([real.kept('similarity', 2)])} of its token accuracy"
+    return verdict("Autoregressive models keep only 35 to 75% after 2 layers are skipped", max(known) < 0.75, evidence)
+
+
+def _consecutive(all_studies: list[Study]) -> Verdict:
+    together, apart = [], []
+    for study in all_studies:
+        near, far = study.kept("window", 6), study.kept("greedy", 6)
+        if near is not None and far is not None:
+            together.append(near)
+            apart.append(far)
+    return verdict(
+        "Skipping consecutive layers hurts more than the same number spread out",
+        all(a < b for a, b in zip(together, apart, strict=True)),
+        f"6 of 24: the most alike window {spread(list(together))}, greedy {spread(list(apart))}; "
+        f"the window is worse in {sum(a < b for a, b in zip(together, apart, strict=True))} of {len(apart)} models",
+    )
+
+
+def _like_its_parent(child: list[Study], dllm: list[Study], ar: list[Study]) -> Verdict:
+    rows = {name: [s.kept("similarity", 6) for s in group] for name, group in (("a", child), ("d", dllm), ("r", ar))}
+    means = {name: fmean([v for v in values if v is not None]) for name, values in rows.items()}
+    return verdict(
+        "The AR-initialised model tolerates skipping as its parent does, not as a native model does",
+        abs(means["a"] - means["r"]) < abs(means["a"] - means["d"]),
+        f"6 of 24 by similarity: child {spread(rows['a'])}, parent {spread(rows['r'])}, native {spread(rows['d'])}",
+    )
+
+
+def beyond(studies: dict[str, Study]) -> list[Verdict]:
+    """What is ours: planners, stand-ins and healing at the paper's saving."""
+    dllm = of_kind(studies, "tiny-dllm")
+    every = [study for kind in KINDS for study in of_kind(studies, kind)]
+    found = [_at_the_papers_saving(dllm, method) for method in ("greedy + linear stand-ins", "greedy + healing")]
+    for k in (4, 5, 6, 8):
+        found += [_greedy_scores_more(every, k), _greedy_moves_less(every, k)]
+    return found
+
+
+def _at_the_papers_saving(dllm: list[Study], method: str) -> Verdict:
+    """The smallest plan of each seed that saves what the paper saves, held against 90%."""
+    smallest: dict[str, Row] = {}
+    for study in dllm:
+        rows = [row for plans in study.rows(method).values() for row in plans if row.saved_block_flops >= 0.1875]
+        if rows:
+            smallest[study.label] = min(rows, key=lambda row: row.saved_block_flops)
+    evidence = "; ".join(
+        f"{label} at {row.saved_block_flops:.1%}: {shown(row.mean_retention)}" for label, row in smallest.items()
+    )
+    holds = bool(smallest) and all(r.mean_retention and r.mean_retention.low >= 0.9 for r in smallest.values())
+    return verdict(f"tiny-dllm keeps 90% at 18.75% of block FLOPs saved or more, {method}", holds, evidence)
+
+
+def _greedy_scores_more(every: list[Study], k: int) -> Verdict:
+    gains = []
+    for study in every:
+        greedy, similarity = study.row("greedy", k), study.row("similarity", k)
+        if greedy and similarity:
+            gains.append(difference(greedy, similarity))
+    above, below = sum(gain.low > 0 for gain in gains), sum(gain.high < 0 for gain in gains)
+    return verdict(
+        f"Greedy beats similarity in exact match with {k} of 24 blocks skipped ({k / 24:.1%})",
+        above > len(gains) / 2 and below == 0,
+        f"gain {spread([gain.value for gain in gains])}; its interval is above zero in {above}, around it in "
+        f"{len(gains) - above - below} and below it in {below} of {len(gains)} models",
+    )
+
+
+def _greedy_moves_less(every: list[Study], k: int) -> Verdict:
+    gains = [
+        Interval(**entry["less_than_similarity"])
+        for study in every
+        for entry in study.states["moved"]
+        if (entry["method"], entry["k"]) == ("greedy", k)
+    ]
+    above = sum(gain.low > 0 for gain in gains)
+    return verdict(
+        f"Greedy moves the predictions on test texts less than similarity does, {k} of 24",
+        above == len(gains),
+        f"KL is lower by {spread([gain.value for gain in gains], 4)} nats a token; the interval is above zero in "
+        f"{above} of {len(gains)} models",
+    )
