@@ -214,3 +214,32 @@ def test_table_for_the_terminal() -> None:
     assert re.search(r"similarity\s+6\s+25.00/24.50\s+83.4\s+83.4 \(82.2 to 84.6\)", text)
     assert re.search(r"random x2\s+6\s+25.00/24.50\s+40.0\s+40.0 \(0.0 to 80.0\)", text)
     assert re.search(r"ppl 25", shown(PERPLEXITY))
+
+
+def test_every_part_of_an_analysis_is_shown() -> None:
+    """A full analysis shows its recency, lens and outliers; one without the layers is drawn without them."""
+    model, tokenizer = sw.load("tiny-dllm")
+    texts = [("s3141592=", "1123459"), ("r3141592=", "2951413")]
+    full = sw.analyze(model, tokenizer, texts, name="toy", parts=("layers", "tokens", "attention", "lens"))
+    page = render([], [full])
+    channels = full.get("model.layers", "outlier_channels")
+    assert channels is not None
+    for words in ("Recency", "Logit lens", f"Outlier channels: {int(channels[0])}"):
+        assert words in page
+    tokens = sw.analyze(model, tokenizer, texts, name="toy", parts=("tokens",))
+    page = render([result(row("similarity", 2, 0.9))], [tokens, tokens])
+    assert "Recency" in page
+    assert "Heat map of the cosine" not in page
+
+
+def test_an_analysis_given_twice_is_told_once() -> None:
+    told = summarize([result(row("similarity", 2, 0.9))], [analysis(), analysis()])
+    assert len(set(told[0][1])) == len(told[0][1])
+
+
+def test_a_result_has_a_row_of_the_whole_model(tmp_path: Path) -> None:
+    whole = result(row("similarity", 2, 0.9))
+    path = tmp_path / "result.json"
+    path.write_text(Result.model_construct(**{**dict(whole), "rows": whole.rows[1:]}).model_dump_json())
+    with pytest.raises(sw.UserError, match="one row without a plan"):
+        Result.load(path)

@@ -2,9 +2,9 @@
 
 import json
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
 
 from skipwise.errors import UserError
 from skipwise.files import write_atomically
@@ -73,6 +73,12 @@ class Result(_Frozen):
     versions: dict[str, str] = {}
     date: str
 
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if sum(row.plan is None for row in self.rows) != 1:
+            raise ValueError("a Result has one row without a plan, with which the others are compared")
+        return self
+
     def save(self, path: str | Path) -> Path:
         """Write the result as one JSON object, whole or not at all."""
         return write_atomically(path, self.model_dump_json(indent=1) + "\n")
@@ -83,7 +89,8 @@ class Result(_Frozen):
         try:
             return cls.model_validate(json.loads(Path(path).read_text(encoding="utf-8")))
         except (OSError, ValueError, ValidationError) as error:
-            reason = str(error).splitlines()[0]
+            problems = error.errors() if isinstance(error, ValidationError) else []
+            reason = problems[0]["msg"] if problems else str(error).splitlines()[0]
             raise UserError(
                 f"{path} is not a readable {FORMAT} file: {reason}. Make one with `skipwise eval`."
             ) from error

@@ -2,7 +2,7 @@
 
 import base64
 import io
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 from matplotlib.axes import Axes
@@ -71,6 +71,18 @@ def by_depth(update_norm: Tensor, similarity: Tensor) -> str:
     other.plot(similarity.numpy(), color=COLOURS[1], marker="o", markersize=3, label="cosine")
     other.set_ylabel("cosine of input and output", color=COLOURS[1])
     other.spines["top"].set_visible(False)
+    return _uri(figure, "svg")
+
+
+def profiles(values: Mapping[str, Tensor], label: str) -> str:
+    """Named statistics (blocks or boundary states,) over relative depth, one line each."""
+    figure, axes = _figure(5.4, 3.2)
+    for i, (name, line) in enumerate(values.items()):
+        depth = np.linspace(0, 1, len(line))
+        axes.plot(depth, line.numpy(), color=COLOURS[i % len(COLOURS)], marker="o", markersize=3, label=name)
+    axes.set_xlabel("relative depth")
+    axes.set_ylabel(label)
+    axes.legend(frameon=False, fontsize=9)
     return _uri(figure, "svg")
 
 

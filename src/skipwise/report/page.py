@@ -64,10 +64,11 @@ def _comparison(results: Sequence[Result], analyses: Sequence[Analysis]) -> list
                 "random plans. Dotted: 90%.",
             )
         )
-    if analyses:
+    layered = [analysis for analysis in analyses if analysis.get(analysis.main_stack, "similarity") is not None]
+    if layered:
         pictures.append(
             Picture(
-                figures.models_by_depth(analyses),
+                figures.models_by_depth(layered),
                 "Successive cosine and relative update norm over relative depth, one line a model",
                 "What each block does to the stream: cosine of its input and output (near 1: direction unchanged) and "
                 "size of its update relative to its input, by relative depth.",
@@ -77,21 +78,65 @@ def _comparison(results: Sequence[Result], analyses: Sequence[Analysis]) -> list
 
 
 def _pictures(analysis: Analysis) -> list[Picture]:
-    stack, name = analysis.main_stack, analysis.name
-    similarity, norms = analysis.tensors[f"{stack}/similarity"], analysis.tensors[f"{stack}/update_norm"]
+    stack = analysis.main_stack
+    layers = _of_layers(analysis, stack) if analysis.get(stack, "similarity") is not None else []
+    return layers + _of_other_parts(analysis, stack) + _of_axes(analysis, stack)
+
+
+def _of_layers(analysis: Analysis, stack: str) -> list[Picture]:
+    name, tensors = analysis.name, analysis.tensors
+    steps = " and denoising steps of the model's own trajectories." if analysis.kind == "masked diffusion" else "."
     pictures = [
         Picture(
-            figures.similarity_map(similarity),
+            figures.similarity_map(tensors[f"{stack}/similarity"]),
             f"Heat map of the cosine similarity of all pairs of states of {name}",
-            f"Mean cosine similarity of every pair of states between blocks of {stack}, over tokens"
-            + (" and denoising steps of the model's own trajectories." if analysis.kind == "masked diffusion" else "."),
+            f"Mean cosine similarity of every pair of states between blocks of {stack}, over tokens{steps}",
         ),
         Picture(
-            figures.by_depth(norms, analysis.successive_similarity(stack)),
+            figures.by_depth(tensors[f"{stack}/update_norm"], analysis.successive_similarity(stack)),
             f"Relative update norm and cosine of every block of {name}",
             "Bars: relative size of each block's update. Line: cosine of its input and output.",
         ),
     ]
+    lines = {"cosine": analysis.successive_similarity(stack)}
+    for what, statistic in (("cosine without outlier channels", "similarity_without_outliers"), ("linear CKA", "cka")):
+        values = analysis.get(stack, statistic)
+        if values is not None:
+            lines[what] = values.diagonal(1)
+    if len(lines) > 1:
+        channels = analysis.get(stack, "outlier_channels")
+        named = f" Outlier channels: {', '.join(map(str, channels.tolist()))}." if channels is not None else ""
+        caption = f"How alike each block's input and output are, by three measures.{named}"
+        pictures.append(Picture(figures.profiles(lines, "input and output of a block"), f"{name}: {caption}", caption))
+    return pictures
+
+
+# what -> statistics by depth that are drawn together
+_PROFILES = {
+    "Recency: how much the near past outweighs the far, in states and in attention (0 no preference, 1 all near).": {
+        "states": "recency",
+        "attention": "attention_recency",
+    },
+    "Logit lens: share of positions whose prediction from this depth is the final one.": {
+        "agreement": "lens_agreement"
+    },
+}
+
+
+def _of_other_parts(analysis: Analysis, stack: str) -> list[Picture]:
+    pictures = []
+    for caption, statistics in _PROFILES.items():
+        found = {name: analysis.get(stack, statistic) for name, statistic in statistics.items()}
+        lines = {name: values for name, values in found.items() if values is not None}
+        if lines:
+            label = caption.partition(":")[0].lower()
+            pictures.append(Picture(figures.profiles(lines, label), f"{analysis.name}: {caption}", caption))
+    return pictures
+
+
+def _of_axes(analysis: Analysis, stack: str) -> list[Picture]:
+    """Heat maps by denoising step and by noise level."""
+    pictures = []
     for axis, label, prefix in (
         ("progress", "progress (0 = all noise)", "step"),
         ("noise_levels", "fraction masked", "noise"),
@@ -101,9 +146,8 @@ def _pictures(analysis: Analysis) -> list[Picture]:
             if values is not None and rows is not None:
                 data = "along its own trajectories" if prefix == "step" else "on noised texts"
                 caption = f"{what[0].upper()}{what[1:]} of each block by {label}, {data}."
-                pictures.append(
-                    Picture(figures.grid_map(values, rows, label, what), f"Heat map for {name}: {caption}", caption)
-                )
+                alt = f"Heat map for {analysis.name}: {caption}"
+                pictures.append(Picture(figures.grid_map(values, rows, label, what), alt, caption))
     return pictures
 
 

@@ -136,6 +136,7 @@ CAVEAT = (
 def summarize(results: Sequence[Result], analyses: Sequence[Analysis]) -> list[tuple[str, list[str]]]:
     """(heading, sentences): one group a model, then what concerns all of them."""
     groups = []
+    layered = [analysis for analysis in analyses if analysis.get(analysis.main_stack, "similarity") is not None]
     for result in results:
         sentences = [baseline(result)]
         tried = [method for method in methods(result) if of_method(result, method)]
@@ -143,8 +144,8 @@ def summarize(results: Sequence[Result], analyses: Sequence[Analysis]) -> list[t
         sentences += [against_random(result, method) for method in tried if method != "random"]
         if points(result):
             sentences.append(largest_saving(result))
-        sentences += [redundancy(a) for a in analyses if a.name == result.name]
+        sentences += dict.fromkeys(redundancy(a) for a in layered if a.name == result.name)
         groups.append((result.name, sentences))
-    finding = papers_finding(analyses)
+    finding = papers_finding(layered)
     groups.append(("All models", ([finding] if finding else []) + [CAVEAT]))
     return groups
