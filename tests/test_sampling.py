@@ -378,6 +378,19 @@ def test_autoregressive_flops_are_those_of_a_cached_run() -> None:
     assert stats.all_in_flops == pytest.approx(counter.get_total_flops(), rel=1e-3)
 
 
+def test_stopping_criteria_end_an_autoregressive_text() -> None:
+    from transformers import EosTokenCriteria, StoppingCriteriaList
+
+    model, tokenizer = sw.load("tiny-ar")
+    prompt = torch.tensor([tokenizer("s3141592=")["input_ids"]])
+    criteria = StoppingCriteriaList([EosTokenCriteria(tokenizer.convert_tokens_to_ids("3"))])
+    stopped = sw.generate(model, prompt, gen_length=7, stopping_criteria=criteria)
+    assert tokenizer.decode(stopped.sequences[0]) == "s3141592=1123"
+    assert stopped.stats.forwards == 4
+    with pytest.raises(sw.UserError, match=r"temperature=-1\.0 is negative"):
+        sw.generate(model, prompt, gen_length=7, temperature=-1.0)
+
+
 def test_sampling_autoregressively_is_seeded() -> None:
     model = ROWS["llama"]()
     prompt = torch.arange(4, 9)[None]

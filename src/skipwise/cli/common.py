@@ -47,7 +47,7 @@ def progress_bar() -> Iterator[Callable[[str, int, int], None]]:
 
 
 def calibrate(
-    model: str, texts: Path | None, count: int, dtype: str | None, device: str | None, batch_size: int = 64
+    model: str, texts: Path | None, count: int, dtype: str | None, device: str | None, batch_size: int
 ) -> Calibration:
     """The model loaded, with calibration texts from a file or built in."""
     network, tokenizer = load(model, dtype=dtype, device=device)

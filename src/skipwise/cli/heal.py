@@ -18,7 +18,7 @@ def command(
     steps: Annotated[int, typer.Option(help="Training steps.", min=1)] = HealSettings.steps,
     rank: Annotated[int, typer.Option(help="Of the LoRA.", min=1)] = HealSettings.rank,
     learning_rate: Annotated[float, typer.Option(help="Its peak.")] = HealSettings.learning_rate,
-    batch_size: Annotated[int, typer.Option(help="Texts a step.", min=1)] = 64,
+    batch_size: Annotated[int, typer.Option(help="Texts a step.", min=1)] = 16,
     texts: Annotated[Path | None, typer.Option(help="File with one text a line; built-in ones by default.")] = None,
     count: Annotated[int, typer.Option(help="How many built-in texts to train on.", min=1)] = 512,
     seed: Annotated[int, typer.Option(help="Of the adapter and the masks.")] = 0,
@@ -34,7 +34,7 @@ def command(
     """
     loaded = Plan.load(plan)
     check_writable(output.parent)
-    calibration = calibrate(model, texts, count, dtype, device, batch_size=batch_size)
+    calibration = calibrate(model, texts, count, dtype, device, batch_size)
     settings = HealSettings(steps=steps, rank=rank, learning_rate=learning_rate, seed=seed)
     losses: list[float] = []
     with progress_bar() as tell:

@@ -33,6 +33,7 @@ def command(
         Path | None, typer.Option(help="File with one calibration text a line; built-in ones by default.")
     ] = None,
     count: Annotated[int, typer.Option(help="How many built-in texts to calibrate on.", min=1)] = 64,
+    batch_size: Annotated[int, typer.Option(help="Calibration texts a forward.", min=1)] = 16,
     dtype: Dtype = None,
     device: Device = None,
 ) -> None:
@@ -47,7 +48,7 @@ def command(
         if model is None:
             what = method if needs_model(method) else f"a {stand_in} stand-in"
             raise UserError(f"{what} runs the model; name it with --model, such as --model {measured.name}.")
-        calibration = calibrate(model, texts, count, dtype, device)
+        calibration = calibrate(model, texts, count, dtype, device, batch_size)
     check_writable(output.parent)
     plan = make_plan(measured, method, skip=skip, budget=budget, stack=stack, calibration=calibration, **settings)
     if stand_in and calibration:

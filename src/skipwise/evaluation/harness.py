@@ -19,6 +19,7 @@ from lm_eval.api.instance import Instance
 from lm_eval.api.model import CacheHook, TemplateLM
 from lm_eval.api.registry import register_model
 from lm_eval.models import utils as lm_eval_models
+from lm_eval.models.utils_hf import stop_sequences_criteria
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window, simple_parse_args_string
 from torch import Tensor
 from tqdm import tqdm
@@ -271,6 +272,9 @@ class SkipwiseLM(Distributed, TemplateLM):
         for row, prompt in enumerate(prompts):
             ids[row, length - len(prompt) :] = torch.tensor(prompt)
             present[row, length - len(prompt) :] = 1
+        if until and kind_of(self.model) == "autoregressive":  # a diffusion model writes all of its text at once
+            criteria = stop_sequences_criteria(self.tokenizer, until, length, len(prompts))
+            settings = settings | {"stopping_criteria": criteria}
         out = generate(
             self.model, ids.to(self.device), plan=self.plan, attention_mask=present.to(self.device), **settings
         )

@@ -71,7 +71,7 @@ class ExactMatch:
         if kind_of(model) == "masked diffusion":
             sequences = decode(Denoiser(model), prompts, LLaDASettings(gen_length=length))
         else:
-            sequences = decode_autoregressive(model, prompts, None, length, 0.0, self.seed, stop_at_eos=False)
+            sequences = decode_autoregressive(model, prompts, None, length, stop_at_eos=False)
         return (sequences[:, -length:] == answers).all(1).double().cpu().numpy()
 
 

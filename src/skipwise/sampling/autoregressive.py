@@ -1,9 +1,25 @@
 """Autoregressive decoding: a thin call of transformers' `generate` and its KV cache, under the applied plan."""
 
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
+from transformers import StoppingCriteriaList
+
+from skipwise.errors import UserError
+
+
+@dataclass(frozen=True, kw_only=True)
+class AutoregressiveSettings:
+    """temperature: 0 is greedy. stopping_criteria: transformers' own, such as for strings that end a text."""
+
+    temperature: float = 0.0
+    stopping_criteria: StoppingCriteriaList | None = None
+
+    def __post_init__(self) -> None:
+        if self.temperature < 0:
+            raise UserError(f"temperature={self.temperature} is negative; 0 is greedy, 1 is the model's distribution.")
 
 
 @torch.no_grad()
@@ -12,12 +28,15 @@ def decode_autoregressive(
     input_ids: Tensor,
     attention_mask: Tensor | None,
     gen_length: int,
-    temperature: float,
-    seed: int,
-    stop_at_eos: bool,
+    *,
+    seed: int = 0,
+    stop_at_eos: bool = True,
+    settings: AutoregressiveSettings | None = None,
 ) -> Tensor:
     """(batch, prompt_length) padded on the left -> (batch, prompt_length + up to gen_length)."""
     mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
+    settings = settings or AutoregressiveSettings()
+    temperature = settings.temperature
     sampling: dict[str, Any] = {"do_sample": temperature > 0}
     if temperature > 0:
         sampling |= {"temperature": temperature, "top_k": 0, "top_p": 1.0}
@@ -32,5 +51,6 @@ def decode_autoregressive(
             max_new_tokens=gen_length,
             use_cache=True,
             pad_token_id=0 if pad is None else pad,
+            stopping_criteria=settings.stopping_criteria,
             **sampling,
         )

@@ -15,7 +15,7 @@ from skipwise.examples import Size
 from skipwise.models import kind_of
 from skipwise.plan import Plan
 from skipwise.sampling import dream, llada, mdlm
-from skipwise.sampling.autoregressive import decode_autoregressive
+from skipwise.sampling.autoregressive import AutoregressiveSettings, decode_autoregressive
 from skipwise.sampling.canvas import Settings
 from skipwise.sampling.denoiser import Denoiser, Step
 from skipwise.skipping import Cut, cut_now, skip
@@ -79,20 +79,45 @@ def generate(
     A plan's phases follow the trajectory. stop_at_eos: end when every row has ended; what a row says after its end of
     text becomes that token. Not under `compat`, as the official samplers go on.
     family: "llada", "dream" or "mdlm", the model's own by default; `settings` are those of its sampler (LLaDASettings,
-    DreamSettings, MDLMSettings), or temperature for an autoregressive model; on_step is called before each denoising
-    forward.
+    DreamSettings, MDLMSettings), for an autoregressive model those of AutoregressiveSettings; on_step is called before
+    each denoising forward.
     Raises UserError for an empty list of prompts, padding on the right, and settings that do not fit the model.
     """
     _check_prompts(input_ids, attention_mask)
-    if kind_of(model) == "masked diffusion":
-        eos = getattr(model.config, "eos_token_id", None) if stop_at_eos and not settings.get("compat") else None
-        chosen = _family(model, family)
-        resolved = chosen.settings.of({"gen_length": gen_length, "seed": seed, "eos_token_id": eos, **settings})
-        return _diffuse(model, input_ids, attention_mask, plan, chosen, resolved, on_step)
-    temperature = settings.pop("temperature", 0.0)
-    diffusion = [*settings, *(["on_step"] if on_step else []), *(["family"] if family else [])]
-    if diffusion:
-        raise UserError(f"{type(model).__name__} is not a masked diffusion model; leave out {', '.join(diffusion)}.")
+    if kind_of(model) != "masked diffusion":
+        given = {"on_step": on_step, "family": family}
+        diffusion = [*(set(settings) - set(_OF_AUTOREGRESSIVE)), *(name for name, value in given.items() if value)]
+        if diffusion:
+            raise UserError(
+                f"{type(model).__name__} is not a masked diffusion model; leave out {', '.join(sorted(diffusion))}."
+            )
+        plain = AutoregressiveSettings(**settings)
+        return _continue(model, input_ids, attention_mask, plan, gen_length, seed, stop_at_eos, plain)
+    chosen = _family(model, family)
+    eos = _end_of_text(model) if stop_at_eos and not settings.get("compat") else None
+    resolved = chosen.settings.of({"gen_length": gen_length, "seed": seed, "eos_token_id": eos, **settings})
+    return _diffuse(model, input_ids, attention_mask, plan, chosen, resolved, on_step)
+
+
+_OF_AUTOREGRESSIVE = AutoregressiveSettings.__dataclass_fields__
+
+
+def _end_of_text(model: nn.Module) -> int | None:
+    token = getattr(model.config, "eos_token_id", None)
+    return token[0] if isinstance(token, list) else token
+
+
+def _continue(
+    model: nn.Module,
+    input_ids: Tensor,
+    attention_mask: Tensor | None,
+    plan: Plan | None,
+    gen_length: int,
+    seed: int,
+    stop_at_eos: bool,
+    settings: AutoregressiveSettings,
+) -> Generated:
+    """Token by token."""
     if not hasattr(model, "generate"):
         raise UserError(f"{type(model).__name__} cannot generate text: it is neither autoregressive nor diffusion.")
     if plan and not plan.is_static:
@@ -102,7 +127,10 @@ def generate(
     prices = price_blocks(model, Size(tokens=input_ids.shape[1] + gen_length))
     with skip(model, plan) if plan else nullcontext():
         began = time.perf_counter()
-        sequences = decode_autoregressive(model, input_ids, attention_mask, gen_length, temperature, seed, stop_at_eos)
+        sequences = decode_autoregressive(
+            model, input_ids, attention_mask, gen_length, seed=seed, stop_at_eos=stop_at_eos, settings=settings
+        )
+        _synchronize(sequences.device)
         seconds = time.perf_counter() - began
         cut = cut_now(model)
     new = sequences.shape[1] - input_ids.shape[1]
