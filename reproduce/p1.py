@@ -33,18 +33,20 @@ class Study:
         self.output, self.label, self.quick, self.core = output, label, quick, core
         self.exact = default_tasks(self.tokenizer)[0] in TASKS
         self.tasks = default_tasks(self.tokenizer)
-        self.analysis = sw.analyze(self.model, self.tokenizer, self.texts(self.tasks, 256), name=label, max_tokens=256)
+        self.analysis = sw.analyze(
+            self.model, self.tokenizer, self.texts(self.tasks, 256), name=label, parts=("layers",)
+        )
 
     def texts(self, tasks: Sequence[str], count: int) -> list:
-        """Calibration texts of some tasks."""
-        count = count if self.exact else 9
+        """Calibration texts of some tasks; of English a piece of each, because a forward takes seconds there."""
+        count = count if self.exact else len(tasks)
         return calibration_texts(self.tokenizer, 24 if self.quick else count, tasks=tasks)
 
     def calibration(self, tasks: Sequence[str] | None = None, count: int = 256, batch_size: int = 64) -> sw.Calibration:
         """The model with calibration texts."""
         texts = self.texts(tasks or self.tasks, count)
-        batch_size = batch_size if self.exact else 3
-        return sw.Calibration.of(self.model, self.tokenizer, texts, max_tokens=256, batch_size=batch_size)
+        tokens = 256 if self.exact else 128
+        return sw.Calibration.of(self.model, self.tokenizer, texts, max_tokens=tokens, batch_size=batch_size)
 
     def plans(self) -> Iterator[sw.Plan]:
         """All plans, the cheap ones first."""
@@ -60,11 +62,14 @@ class Study:
                 spread = sw.make_plan(self.analysis, "similarity", skip=skip, forbid_neighbours=True)
                 yield renamed(spread, "similarity, no neighbours")
         calibration = self.calibration()
-        order = self.greedy_order(calibration, max(sizes))
+        order = self.greedy_order(self.calibration(count=1024, batch_size=128), max(sizes))
         greedy = {skip: self.cut(order, skip) for skip in sizes}
         yield from greedy.values()
         if not self.core:
-            yield from self.other_tasks(6 if 6 in sizes else max(sizes))
+            yield from self.other_tasks((6 if self.exact else 3) if not self.quick else max(sizes))
+        if 5 in sizes:
+            spared = sw.make_plan(self.analysis, "similarity", skip=5)
+            yield sw.fit_stand_ins(spared, calibration, "linear")
         for skip in (5, 6, 8) if self.exact else (3, 6):
             if skip in greedy:
                 yield sw.fit_stand_ins(greedy[skip], calibration, "linear")
@@ -131,7 +136,7 @@ def main() -> None:
     parser.add_argument("model")
     parser.add_argument("--label")
     parser.add_argument("--output", type=Path, default=Path("runs/p1"))
-    parser.add_argument("--examples", type=int, help="prompts a task (250), or windows of a text (6)")
+    parser.add_argument("--examples", type=int, help="prompts a task (200), or windows of a text (3)")
     parser.add_argument("--core", action="store_true", help="fewer plans, for the seeds that show the spread")
     parser.add_argument("--quick", action="store_true", help="a few small plans, to see that it runs")
     given = parser.parse_args()
@@ -145,7 +150,7 @@ def main() -> None:
         study.model,
         study.tokenizer,
         plans=plans,
-        examples=given.examples or (20 if given.quick else 250) if study.exact else given.examples or 6,
+        examples=given.examples or (20 if given.quick else 200) if study.exact else given.examples or 3,
         name=label,
         on_progress=lambda done, total: done % 20 or print(f"{label}: {done}/{total}", flush=True),
     )

@@ -104,7 +104,7 @@ def main() -> None:
     torch.set_num_threads(1)
     model, tokenizer = sw.load(given.model)
     exact = default_tasks(tokenizer)[0] in TASKS
-    texts = calibration_texts(tokenizer, 16 if given.quick else 128 if exact else 9)
+    texts = calibration_texts(tokenizer, 16 if given.quick else 128 if exact else 6)
     parts = ("layers", "tokens", "attention", "lens")
     analysis = sw.analyze(model, tokenizer, texts, name=given.label, max_tokens=256, parts=parts)
     result = sw.Result.load(given.output / f"{given.label}.result.json")

@@ -40,14 +40,20 @@ def main() -> None:
     parser.add_argument("--page", type=Path, default=RESULTS.with_suffix(".md"))
     parser.add_argument("--quick", action="store_true", help="a few small plans, to see that it runs")
     given = parser.parse_args()
+    if given.quick and given.output == RESULTS:
+        given.output = Path("runs/p1-quick")
     began = time.monotonic()
     models = [m for m in STUDIES if m != "smollm2-135m" or (user_cache() / m / "config.json").exists()]
     with ThreadPoolExecutor(2) as pool:
         for done in [pool.submit(study, model, given.output, given.quick) for model in models]:
             done.result()
+    minutes = f"after {(time.monotonic() - began) / 60:.0f} minutes"
+    if given.quick:
+        print(f"all studies ran {minutes}; a quick run has too few plans for the page")
+        return
     page = ["p1_page.py", str(given.output), "--page", str(given.page)]
     subprocess.run([sys.executable, str(HERE / page[0]), *page[1:]], check=True)
-    print(f"{given.page} written after {(time.monotonic() - began) / 60:.0f} minutes")
+    print(f"{given.page} written {minutes}")
 
 
 if __name__ == "__main__":
