@@ -17,9 +17,9 @@ HERE = Path(__file__).parent
 RESULTS = HERE.parent / "docs" / "results" / "p1"
 # model -> models to hold its states beside; those that take longest come first
 STUDIES = {
+    "smollm2-135m": (),
     "tiny-ar2dllm": ("tiny-ar", "tiny-dllm"),
     "tiny-dllm": ("tiny-ar",),
-    "smollm2-135m": (),
     "tiny-ar": (),
 }
 

@@ -305,6 +305,15 @@ def test_healing_loses_less_and_leaves_the_model_alone(zoo_calibration: Calibrat
         heal(healed, zoo_calibration, tmp_path / "twice.json")
 
 
+def test_models_without_linear_layers_are_refused(tmp_path: Path) -> None:
+    model = ROWS["gpt2"]()  # its projections are Conv1D
+    before = {name: p.requires_grad for name, p in model.named_parameters()}
+    with pytest.raises(sw.UserError, match="has a linear layer"):
+        heal(plan_of(model, [1]), calibration_of(model), tmp_path / "p.json")
+    assert {name: p.requires_grad for name, p in model.named_parameters()} == before
+    assert not list(tmp_path.iterdir())
+
+
 def test_the_adapter_is_pefts(zoo_calibration: Calibration, tmp_path: Path) -> None:
     """peft loads the folder, and its own merge under a plan without an adapter gives what ours gives."""
     import peft

@@ -195,10 +195,15 @@ def _with_lora(model: nn.Module, plan: Plan, settings: HealSettings) -> Any:
 def _targets(model: nn.Module, plan: Plan) -> list[str]:
     stack = max(plan.model.stacks, key=lambda name: plan.model.stacks[name])
     never = set.intersection(*(set(phase.skip.get(stack, ())) for phase in plan.phases))
-    return [
+    found = [
         f"{stack}.{number}.{name}"
         for number, block in enumerate(module_list(model, stack))
         if number not in never
         for name, module in block.named_modules()
         if isinstance(module, nn.Linear)
     ]
+    if not found:
+        raise UserError(
+            f"No block that is left in {stack} has a linear layer (torch.nn.Linear) for an adapter to change."
+        )
+    return found
