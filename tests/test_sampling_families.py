@@ -305,7 +305,9 @@ def test_first_hitting_runs_the_model_at_events_only() -> None:
     steps = sw_forwards(model, empty, MDLMSettings(gen_length=9, steps=4))
     assert steps <= 4
     sparse = sw_forwards(model, empty[:1], MDLMSettings(gen_length=9, steps=1000))
-    assert sparse <= 9 < sw_forwards(model, empty[:1], MDLMSettings(gen_length=9, steps=100, sampler="ddpm")) == 100
+    assert sparse <= 9
+    every_step = sw_forwards(model, empty[:1], MDLMSettings(gen_length=9, steps=100, sampler="ddpm"))
+    assert 60 < every_step <= 100, "until the last mask is lifted"
 
 
 def sw_forwards(model: nn.Module, prompts: Tensor, settings: MDLMSettings) -> int:

@@ -129,14 +129,14 @@ class _Plain:
 
     def __init__(self, settings: DreamSettings, canvas: Canvas, steps: int):
         self.settings, self.canvas, self.steps = settings, canvas, steps
-        self.noise = Noise(settings.seed, len(canvas.sequences), canvas.sequences.device)
+        self.noise = Noise(settings.seed, canvas)
         masks = canvas.masked
         self.quotas = transfer_quotas(masks.sum(1), steps)
         # under "origin" when each mask is lifted is known beforehand: uniform over the steps, whatever the tokens are
-        self.lifted = (self._uniform(0, masks.shape[1]) * steps).long()
+        self.lifted = (self._uniform(0) * steps).long()
 
-    def _uniform(self, draw: int, *shape: int) -> Tensor:
-        return self.noise.uniform([draw] * len(self.canvas.sequences), *shape)
+    def _uniform(self, draw: int, *rest: int) -> Tensor:
+        return self.noise.uniform([draw] * len(self.canvas.sequences), *rest)
 
     def commits(self, step: int) -> bool:
         """Whether any row commits anything at this step."""
@@ -150,7 +150,7 @@ class _Plain:
         logits = filtered(logits, settings)
         probabilities = logits.softmax(-1)
         if settings.temperature > 0:
-            chosen = gumbel_argmax(probabilities.double(), self._uniform(3 * step + 1, *logits.shape[1:]))
+            chosen = gumbel_argmax(probabilities.double(), self._uniform(3 * step + 1, logits.shape[2]))
         else:
             chosen = logits.argmax(-1)
         if settings.alg == "origin":
@@ -159,7 +159,7 @@ class _Plain:
             return
         confidence = confidence_of(probabilities, chosen, settings.alg).where(masked, -torch.inf)
         if settings.alg_temp > 0:  # the Gumbel trick draws positions without replacement
-            uniform = self._uniform(3 * step + 2, confidence.shape[1])
+            uniform = self._uniform(3 * step + 2)
             confidence = confidence / settings.alg_temp - (-uniform.log()).log()
         quota = self.quotas[:, step].minimum(masked.sum(1)) if step < self.steps - 1 else masked.sum(1)
         commit_top(canvas.sequences, chosen, confidence, quota)

@@ -111,7 +111,7 @@ class _Run:
         if settings.compat:
             self.noise = torch.Generator(device).manual_seed(settings.seed)
         else:
-            self.noise = Noise(settings.seed, len(canvas.sequences), device)
+            self.noise = Noise(settings.seed, canvas)
         self.finished = False
 
     def by_quota(self, window: slice, first: int, steps: int, total: int) -> None:
@@ -140,7 +140,7 @@ class _Run:
         else:
             logits = logits[:, window].float()
             logits[..., self.canvas.mask] = -torch.inf  # or a position could be filled with a mask
-        chosen, confidence = self._choose(logits)
+        chosen, confidence = self._choose(logits, window)
         confidence[:, end - window.start :] = -torch.inf
         confidence = confidence.where(self.canvas.masked[:, window], -torch.inf)
         view = self.canvas.sequences[:, window]
@@ -159,21 +159,21 @@ class _Run:
         logits, unguided = self.denoiser(step, torch.cat([canvas.sequences, without]), mask).chunk(2)
         return unguided + (scale + 1) * (logits - unguided)
 
-    def _choose(self, logits: Tensor) -> tuple[Tensor, Tensor]:
-        """The chosen token of every position of `logits` (batch, length, vocabulary), and how confident it is."""
+    def _choose(self, logits: Tensor, window: slice) -> tuple[Tensor, Tensor]:
+        """The chosen token of every position of `logits` (batch, window, vocabulary), and how confident it is."""
         settings, temperature = self.settings, self.settings.temperature
         if settings.logits_eos_inf and self.eos is not None:
             logits[..., self.eos] = -torch.inf
         noisy = logits
         if temperature > 0:  # Gumbel-max: argmax exp(z) / (-log U)^temperature, U uniform in float64
-            uniform = self._uniform(0, logits.shape, torch.float64)
+            uniform = self._uniform(0, window, logits.shape, torch.float64)
             noisy = logits.double().exp() / (-uniform.log()) ** temperature
         chosen = noisy.argmax(-1)
         if settings.confidence_eos_eot_inf:
             for token in self._held_back():
                 logits[..., token] = -torch.inf
         if settings.remasking == "random":
-            return chosen, self._uniform(1, chosen.shape, torch.float32)
+            return chosen, self._uniform(1, window, chosen.shape, torch.float32)
         return chosen, logits.softmax(-1).gather(-1, chosen[..., None])[..., 0]
 
     def _held_back(self) -> list[int]:
@@ -181,8 +181,9 @@ class _Run:
         forgotten = self.settings.compat is not None and self.settings.temperature > 0
         return [token for token in (None if forgotten else self.eos, self.eot) if token is not None]
 
-    def _uniform(self, which: int, shape: torch.Size, dtype: torch.dtype) -> Tensor:
+    def _uniform(self, which: int, window: slice, shape: torch.Size, dtype: torch.dtype) -> Tensor:
         if isinstance(self.noise, torch.Generator):
             return torch.rand(shape, dtype=dtype, generator=self.noise, device=self.noise.device)
         # a row's masks left number its draws: equal for the same row in any batch
-        return self.noise.uniform([2 * left + which for left in self.canvas.left], *shape[1:], dtype=dtype)
+        draws = [2 * left + which for left in self.canvas.left]
+        return self.noise.uniform(draws, *shape[2:], window=window, dtype=dtype)

@@ -94,7 +94,7 @@ class _Ancestral:
         self.steps = settings.steps or 1000
         device = canvas.sequences.device
         self.generator = torch.Generator(device).manual_seed(settings.seed)
-        self.noise = Noise(settings.seed, len(canvas.sequences), device)
+        self.noise = Noise(settings.seed, canvas)
         self._cached: tuple[Cut, Tensor] | None = None
 
     def fill(self) -> None:
@@ -138,7 +138,7 @@ class _Ancestral:
             drawn = (posterior / (1e-10 - (uniform + 1e-10).log())).argmax(-1)
         else:
             draws = [index] * len(posterior)
-            uniform = self.noise.uniform(draws, *posterior.shape[1:], dtype=self.settings.dtype)
+            uniform = self.noise.uniform(draws, posterior.shape[2], dtype=self.settings.dtype)
             drawn = gumbel_argmax(posterior.to(uniform.dtype), uniform)
         masked = self.canvas.masked
         self.canvas.sequences[masked] = drawn[masked]
@@ -149,9 +149,8 @@ class _FirstHitting:
 
     def __init__(self, denoiser: Denoiser, canvas: Canvas, settings: MDLMSettings):
         self.denoiser, self.canvas, self.settings = denoiser, canvas, settings
-        batch, length = canvas.sequences.shape
-        self.noise = Noise(settings.seed, batch, canvas.sequences.device)
-        progress = self.noise.uniform([0] * batch, length)  # uniform: P(masked at time t) is t
+        self.noise = Noise(settings.seed, canvas)
+        progress = self.noise.uniform([0] * len(canvas.sequences))  # uniform: P(masked at time t) is t
         if settings.steps:
             # which step lifts the mask; `steps` itself: none did, with probability LAST_TIME
             progress = (progress * settings.steps / (1 - LAST_TIME)).floor() / settings.steps
@@ -178,8 +177,8 @@ class _FirstHitting:
     def _lift(self, step: Step, rows: Tensor, due: Tensor) -> None:
         probabilities = predict(self.denoiser, step, self.canvas, (1 - due).clamp_min(LAST_TIME), rows)
         left = [self.canvas.left[row] for row in rows.tolist()]  # numbers a row's draws: it falls with every event
-        shape = probabilities.shape[1:]
-        uniform = self.noise.uniform(left, *shape, rows=rows.tolist(), dtype=self.settings.dtype)
+        words = probabilities.shape[2]
+        uniform = self.noise.uniform(left, words, rows=rows.tolist(), dtype=self.settings.dtype)
         drawn = gumbel_argmax(probabilities.to(uniform.dtype), uniform)
         drawn = torch.where(due[:, None] < 1, drawn, probabilities.argmax(-1))  # the official end of sampling
         now = self.canvas.masked[rows] & (self.lifted[rows] == due[:, None])

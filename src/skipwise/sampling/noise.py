@@ -5,32 +5,50 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
+
+from skipwise.sampling.canvas import Canvas
 
 
 class Noise:
-    """Every row has its own seed, every draw of a row its own number, and positions are counted from the right end.
+    """Every row has its own seed, every draw of a row its own number, and padding draws nothing.
 
     So row r of a batch under seed s draws what a batch of one draws under seed s + r, padded on the left or not.
     """
 
-    def __init__(self, seed: int, rows: int, device: torch.device):
-        self.seeds = [seed + row for row in range(rows)]
-        self._generator = torch.Generator(device)
-        self._device = device
+    def __init__(self, seed: int, canvas: Canvas):
+        batch, self._length = canvas.sequences.shape
+        self._seeds = [seed + row for row in range(batch)]
+        padding = None if canvas.attention_mask is None else (canvas.attention_mask == 0).sum(1)
+        self._padding = [0] * batch if padding is None else padding.tolist()
+        self._device = canvas.sequences.device
+        self._generator = torch.Generator(self._device)
 
     def uniform(
-        self, draws: Sequence[int], *shape: int, rows: Sequence[int] | None = None, dtype: torch.dtype = torch.float64
+        self,
+        draws: Sequence[int],
+        *rest: int,
+        window: slice | None = None,
+        rows: Sequence[int] | None = None,
+        dtype: torch.dtype = torch.float64,
     ) -> Tensor:
-        """(len(draws), *shape) in [0, 1): one draw for each of `rows` (all of them by default), by its number."""
-        rows = range(len(self.seeds)) if rows is None else rows
-        drawn = [self._row(self.seeds[row], draw, shape, dtype) for row, draw in zip(rows, draws, strict=True)]
-        return torch.stack(drawn)
+        """(rows, positions, *rest) in [0, 1): one draw for each of `rows` (all by default), by its number.
 
-    def _row(self, seed: int, draw: int, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
-        # hashed, because torch's CPU generator looks at 32 bits of its seed alone
-        digest = hashlib.blake2b(f"{seed}/{draw}".encode(), digest_size=4).digest()
-        self._generator.manual_seed(int.from_bytes(digest))
-        return torch.rand(shape, generator=self._generator, device=self._device, dtype=dtype).flip(0)
+        window: the positions; all of them by default.
+        """
+        start, stop = (0, self._length) if window is None else (window.start, window.stop)
+        found = []
+        for row, draw in zip(range(len(self._seeds)) if rows is None else rows, draws, strict=True):
+            begin = max(start, self._padding[row])
+            self._generator.manual_seed(_mixed(self._seeds[row], draw))
+            values = torch.rand(stop - begin, *rest, generator=self._generator, device=self._device, dtype=dtype)
+            found.append(F.pad(values, [0, 0] * len(rest) + [begin - start, 0], value=0.5))
+        return torch.stack(found)
+
+
+def _mixed(seed: int, draw: int) -> int:
+    """A seed of 32 bits, as torch's CPU generator looks at no more of it."""
+    return int.from_bytes(hashlib.blake2b(f"{seed}/{draw}".encode(), digest_size=4).digest())
 
 
 def gumbel_argmax(probabilities: Tensor, uniform: Tensor) -> Tensor:
