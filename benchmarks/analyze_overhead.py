@@ -28,12 +28,14 @@ from torch import nn
 
 import skipwise as sw
 from skipwise.analysis.run import Run
-from skipwise.analysis.samples import Batch, Text, batches, tokenize
+from skipwise.analysis.samples import Batch, batches, tokenize
 from skipwise.blocks import find_contract
+from skipwise.calibration import Text
 from skipwise.cost import price_blocks
 from skipwise.evaluation import calibration_texts
-from skipwise.models import kind_of
-from skipwise.sampling.llada import LLaDASettings, decode, mask_token
+from skipwise.models import kind_of, mask_token
+from skipwise.sampling import Denoiser, LLaDASettings
+from skipwise.sampling.llada import decode
 from skipwise.versions import versions
 
 SETTINGS = {"outliers": 1, "noise_levels": 8, "step_bins": 8, "max_steps": 32, "seed": 0}  # the defaults of `analyze`
@@ -69,7 +71,7 @@ def forwards(model: nn.Module, work: Sequence[Batch]) -> None:
     for batch in work if diffusion else ():
         prompt, length = batch.samples[0].prompt, len(batch.samples[0].ids)
         settings = LLaDASettings(gen_length=length - prompt, steps=min(length - prompt, SETTINGS["max_steps"]))
-        decode(model, batch.ids[:, :prompt], mask_token(model), settings)
+        decode(Denoiser(model), batch.ids[:, :prompt], settings)
     for batch in work:
         levels = SETTINGS["noise_levels"] if diffusion else 1
         for i in range(levels):
