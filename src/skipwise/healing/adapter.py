@@ -6,6 +6,7 @@ peft (Hu et al., arXiv 2106.09685); the adapter is a folder as peft writes it, a
 
 import math
 import tempfile
+import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -186,7 +187,8 @@ def _with_lora(model: nn.Module, plan: Plan, settings: HealSettings) -> Any:
         target_modules=_targets(model, plan),
         bias="none",
     )
-    with torch.random.fork_rng():
+    with torch.random.fork_rng(), warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # peft asks transformers for what will have another name
         torch.manual_seed(settings.seed)
         wrapped = peft.get_peft_model(model, config)
     return wrapped.eval()
