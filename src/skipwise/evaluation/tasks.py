@@ -43,7 +43,10 @@ class EvaluationTask(Protocol):
 
 @dataclass(frozen=True)
 class ExactMatch:
-    """Generate the answer of each of a zoo task's prompts; an example scores 1 when every token is right."""
+    """Generate the answer of each of a zoo task's prompts; an example scores 1 when every token is right.
+
+    Greedy; a diffusion model of any family by LLaDA's rule, one token a step, so that scores can be compared.
+    """
 
     name: str
     split: Split
