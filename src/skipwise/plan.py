@@ -271,7 +271,7 @@ def _copy_folder(source: Path, target: Path) -> None:
     if source.resolve() == target.resolve():
         return
     target.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=target.parent) as work:
+    with tempfile.TemporaryDirectory(dir=target.parent, prefix=".partial-") as work:
         shutil.copytree(source, Path(work) / "new")
         if target.exists():
             target.rename(Path(work) / "old")

@@ -160,7 +160,7 @@ class _Trainer:
     def finish(self, output: Path) -> Plan:
         """Write the adapter and the plan, and forget the checkpoint."""
         output.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=output.parent) as work:
+        with tempfile.TemporaryDirectory(dir=output.parent, prefix=".partial-") as work:
             self.peft.save_pretrained(Path(work) / "adapter", save_embedding_layers=False)
             healed = self.plan.with_adapter(Path(work) / "adapter", self.plan.made_by.settings | self._told())
             healed.save(output)
