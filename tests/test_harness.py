@@ -373,7 +373,8 @@ def results_of(folder: Path) -> dict[str, Any]:
     return json.loads(path.read_text())["results"]
 
 
-LAUNCH = ("-m", "accelerate.commands.launch", "--cpu", "--num_processes", "2", "--num_machines", "1")
+# without MPI, accelerate starts several processes on a CPU under this name only
+LAUNCH = ("-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2", "--num_machines", "1")
 
 
 def answers(folder: Path) -> dict[tuple[str, int], Any]:

@@ -23,7 +23,9 @@ class Distributed(LM):
         accelerate = require("accelerate", "eval")
         # processes wait for the slowest, whose requests may take days longer
         patience = accelerate.InitProcessGroupKwargs(timeout=timedelta(weeks=52))
-        self.accelerator = accelerate.Accelerator(kwargs_handlers=[patience])
+        # on a machine without an accelerator it would count one process, unless it is told so
+        without = not torch.accelerator.is_available()
+        self.accelerator = accelerate.Accelerator(cpu=without, kwargs_handlers=[patience])
         self._rank, self._world_size = self.accelerator.process_index, self.accelerator.num_processes
 
     def all_gather(self, tensor: Tensor) -> Tensor:
