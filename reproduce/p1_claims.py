@@ -105,8 +105,8 @@ def _consecutive(every: list[Study]) -> Verdict:
     return verdict(
         "Skipping consecutive layers hurts more than the same number spread out",
         worse == len(every) and worse_too == len(pairs),
-        f"6 of 24: the most alike window {spread(together)}; spread out by greedy {spread(greedy)}, better in {worse} of "
-        f"{len(every)}; spread out as the most alike blocks of which no two are neighbours "
+        f"6 of 24: the most alike window {spread(together)}; spread out by greedy {spread(greedy)}, better in {worse} "
+        f"of {len(every)}; spread out as the most alike blocks of which no two are neighbours "
         f"{spread([far for _, far in pairs])}, better in {worse_too} of {len(pairs)}: which blocks matters more",
     )
 
