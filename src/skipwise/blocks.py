@@ -49,6 +49,11 @@ class Stack:
     in_place: bool = False
     coupled: tuple[str, ...] = ()
 
+    @property
+    def takes_stand_ins(self) -> bool:
+        """Whether a module may take a skipped block's place in the stream: one stream through a list of its own."""
+        return len(self.streams) == 1 and not self.coupled and not self.in_place
+
 
 @dataclass(frozen=True)
 class Contract:

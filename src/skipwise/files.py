@@ -1,8 +1,10 @@
 """Files are written whole or not at all."""
 
+import io
 import os
 import tempfile
 from pathlib import Path
+from typing import Any
 
 from skipwise.errors import UserError
 
@@ -29,6 +31,15 @@ def write_bytes_atomically(path: str | Path, content: bytes) -> Path:
     except OSError as error:
         raise UserError(f"Cannot write {path}: {error.strerror or error}. Choose a folder you can write to.") from error
     return path
+
+
+def write_state(path: str | Path, state: dict[str, Any]) -> Path:
+    """`write_atomically` for the state of a training run, to be read with `torch.load(path, weights_only=True)`."""
+    import torch  # most of those who write files have no need of it
+
+    buffer = io.BytesIO()
+    torch.save(state, buffer)
+    return write_bytes_atomically(path, buffer.getvalue())
 
 
 def check_writable(folder: str | Path) -> Path:

@@ -212,6 +212,16 @@ def whole(model: nn.Module) -> Iterator[None]:
             stack[-1]._resume()
 
 
+@contextmanager
+def cutting(model: nn.Module, contract: Contract, cut: Cut) -> Iterator[None]:
+    """The model with this cut out of it, whatever plan is in force; `skip` is for plans."""
+    undo = apply(model, contract, cut)
+    try:
+        yield
+    finally:
+        undo()
+
+
 def apply(model: nn.Module, contract: Contract, cut: Cut) -> Undo:
     """Cut blocks out of the model and return the function that puts everything back."""
     undo: list[Undo] = []
@@ -233,15 +243,21 @@ def apply(model: nn.Module, contract: Contract, cut: Cut) -> Undo:
 def _cut(
     model: nn.Module, stack: Stack, numbers: frozenset[int], stand_ins: Mapping[int, nn.Module], undo: list[Undo]
 ) -> None:
-    if stand_ins and (len(stack.streams) > 1 or stack.coupled or stack.in_place):
-        raise UserError(
-            f"Blocks of {stack.name} cannot leave stand-ins behind: {stack.block_class} has several streams, minds its "
-            "number or shares its weights; use a plan without stand-ins."
-        )
+    if stand_ins:
+        check_stand_ins(stack)
     if stack.in_place:
         _pass_through(model, stack, numbers, undo)
     else:
         _remove(model, stack, numbers, stand_ins, undo)
+
+
+def check_stand_ins(stack: Stack) -> None:
+    """Raise UserError when blocks of this stack cannot leave stand-ins behind."""
+    if not stack.takes_stand_ins:
+        raise UserError(
+            f"Blocks of {stack.name} cannot leave stand-ins behind: {stack.block_class} has several streams, minds its "
+            "number or shares its weights; use a plan without stand-ins."
+        )
 
 
 def _set(owner: Any, name: str, value: Any, undo: list[Undo]) -> None:

@@ -28,7 +28,7 @@ from transformers import AutoTokenizer
 from skipwise.cost import estimate
 from skipwise.errors import UserError
 from skipwise.evaluation.distributed import Distributed
-from skipwise.evaluation.likelihood import Likelihood, LikelihoodSettings, Request, loglikelihoods
+from skipwise.evaluation.likelihood import Likelihood, LikelihoodSettings, Request, loglikelihoods, pad
 from skipwise.examples import Size
 from skipwise.loading import load
 from skipwise.models import kind_of
@@ -266,17 +266,13 @@ class SkipwiseLM(Distributed, TemplateLM):
         return tokens[-room:]
 
     def _complete(self, prompts: list[list[int]], until: list[str], settings: dict[str, Any]) -> list[str]:
-        length = max(map(len, prompts))
-        ids = torch.full((len(prompts), length), self.tokenizer.pad_token_id or 0)
-        present = torch.zeros_like(ids)
-        for row, prompt in enumerate(prompts):
-            ids[row, length - len(prompt) :] = torch.tensor(prompt)
-            present[row, length - len(prompt) :] = 1
+        ids, present = pad(prompts, left=True, fill=self.tokenizer.pad_token_id or 0)
+        length = ids.shape[1]
         if until and kind_of(self.model) == "autoregressive":  # a diffusion model writes all of its text at once
             criteria = stop_sequences_criteria(self.tokenizer, until, length, len(prompts))
             settings = settings | {"stopping_criteria": criteria}
         out = generate(
-            self.model, ids.to(self.device), plan=self.plan, attention_mask=present.to(self.device), **settings
+            self.model, ids.to(self.device), plan=self.plan, attention_mask=present.long().to(self.device), **settings
         )
         self.generated.update({"texts": len(prompts), **asdict(out.stats)})
         return [self._text(tokens, until) for tokens in out.sequences[:, length:]]

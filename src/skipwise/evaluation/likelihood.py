@@ -20,9 +20,10 @@ from torch import Tensor, nn
 
 from skipwise.errors import UserError
 from skipwise.evaluation.masking import Noised, chain_masks, dream_masks, every_mask, llada_masks, stratified_masks
-from skipwise.models import kind_of, mask_token
+from skipwise.models import end_of_text, kind_of, mask_token
 from skipwise.models.dream import DreamModel
 from skipwise.models.mdlm import MDLM
+from skipwise.sampling.llada import guided
 
 Request = tuple[Sequence[int], Sequence[int]]  # tokens of the prefix, tokens of the continuation
 Likelihood = tuple[float, bool]  # in nats; whether greedy decoding gives the continuation
@@ -87,7 +88,7 @@ def loglikelihoods(
     if settings.greedy and not predictor.causal:
         for part in _batches(sorted(jobs, key=_longest_first), settings.batch_size):
             _check_greedy(predictor, part)
-    inputs = _causal_inputs(jobs) if predictor.causal else _masked_inputs(jobs, predictor.mask, settings, model.config)
+    inputs = _causal_inputs(jobs) if predictor.causal else _masked_inputs(jobs, predictor.mask, settings, model)
     for batch in _batches(inputs, settings.batch_size):
         for read, value, best in _score(predictor, batch):
             job = read.job
@@ -159,10 +160,10 @@ def _causal_inputs(jobs: Sequence[_Job]) -> Iterator[_Input]:
         yield from found.values()
 
 
-def _masked_inputs(jobs: Sequence[_Job], mask: int, settings: LikelihoodSettings, config: Any) -> Iterator[_Input]:
+def _masked_inputs(jobs: Sequence[_Job], mask: int, settings: LikelihoodSettings, model: nn.Module) -> Iterator[_Input]:
     """Noised targets after their prefix; position p holds the prediction of token p."""
     stream = torch.Generator().manual_seed(settings.seed)  # of the official draws, which follow the order of requests
-    after = (_end_of_text(config),) if settings.compat == "dream" else ()
+    after = (_appended(model),) if settings.compat == "dream" else ()
     for group in [[job] for job in jobs] if settings.compat else _same_prefix(jobs):
         found: dict[tuple[int, ...], _Input] = {}
         for job in filter(lambda job: job.target, group):
@@ -191,8 +192,8 @@ def _draw(job: _Job, settings: LikelihoodSettings, stream: torch.Generator) -> I
     return stratified_masks(length, count, torch.Generator().manual_seed(int.from_bytes(seed)))
 
 
-def _end_of_text(config: Any) -> int:
-    token = config.eos_token_id[0] if isinstance(config.eos_token_id, list) else config.eos_token_id
+def _appended(model: nn.Module) -> int:
+    token = end_of_text(model)
     if token is None:
         raise UserError("compat='dream' appends an end-of-text token; set model.config.eos_token_id.")
     return token
@@ -202,6 +203,18 @@ def _batches(items: Iterable[Any], size: int) -> Iterator[list[Any]]:
     iterator = iter(items)
     while batch := list(islice(iterator, size)):
         yield batch
+
+
+def pad(rows: Sequence[Sequence[int]], left: bool, fill: int = 0) -> tuple[Tensor, Tensor]:
+    """(ids, present), both (batch, length): tokens padded with `fill` on one side; present is False on padding."""
+    length = max(map(len, rows))
+    ids = torch.full((len(rows), length), fill)
+    present = torch.zeros(len(rows), length, dtype=torch.bool)
+    for number, row in enumerate(rows):
+        at = slice(length - len(row), length) if left else slice(0, len(row))
+        ids[number, at] = torch.tensor(row)
+        present[number, at] = True
+    return ids, present
 
 
 class _Predictor:
@@ -224,15 +237,7 @@ class _Predictor:
 
     def pad(self, rows: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor]:
         """(ids, present), both (batch, length); present is False on padding."""
-        length = max(map(len, rows))
-        ids, present = (
-            torch.zeros(len(rows), length, dtype=torch.long),
-            torch.zeros(len(rows), length, dtype=torch.bool),
-        )
-        for number, row in enumerate(rows):
-            at = slice(0, len(row)) if self.causal else slice(length - len(row), length)
-            ids[number, at] = torch.tensor(row)
-            present[number, at] = True
+        ids, present = pad(rows, left=not self.causal)
         return ids.to(self.device), present.to(self.device)
 
     def __call__(self, ids: Tensor, present: Tensor, prefixes: Sequence[int], columns: Tensor) -> Tensor:
@@ -242,7 +247,7 @@ class _Predictor:
             number = present.cumsum(1) - 1
             given = (number < torch.tensor(prefixes, device=ids.device)[:, None]) & present
             free = self._forward(ids.masked_fill(given, self.mask), present, columns)
-            logits = free + (self.cfg_scale + 1) * (logits - free)
+            logits = guided(logits, free, self.cfg_scale)
         if isinstance(self.model, MDLM):
             logits[..., self.mask] = -torch.inf  # its parameterisation: the mask is never predicted
         return logits

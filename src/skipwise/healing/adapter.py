@@ -18,6 +18,7 @@ from torch import nn
 from skipwise.blocks import find_contract, module_list
 from skipwise.calibration import Batch, Calibration, divergence
 from skipwise.errors import UserError, require
+from skipwise.files import write_state
 from skipwise.plan import Plan
 from skipwise.skipping import Skipping, skip, whole
 
@@ -133,10 +134,7 @@ class _Trainer:
             "parameters": [p.detach() for p in self.parameters],
             "optimizer": self.optimizer.state_dict(),
         }
-        self.checkpoint.parent.mkdir(parents=True, exist_ok=True)
-        temporary = self.checkpoint.with_suffix(".tmp")
-        torch.save(state, temporary)
-        temporary.replace(self.checkpoint)
+        write_state(self.checkpoint, state)
 
     def _what(self) -> dict[str, Any]:
         """What a checkpoint belongs to."""
@@ -162,7 +160,7 @@ class _Trainer:
         output.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=output.parent, prefix=".partial-") as work:
             self.peft.save_pretrained(Path(work) / "adapter", save_embedding_layers=False)
-            healed = self.plan.with_adapter(Path(work) / "adapter", self.plan.made_by.settings | self._told())
+            healed = self.plan.with_adapter(Path(work) / "adapter", self._told())
             healed.save(output)
         self.checkpoint.unlink(missing_ok=True)
         return Plan.load(output)
@@ -195,7 +193,7 @@ def _with_lora(model: nn.Module, plan: Plan, settings: HealSettings) -> Any:
 
 
 def _targets(model: nn.Module, plan: Plan) -> list[str]:
-    stack = max(plan.model.stacks, key=lambda name: plan.model.stacks[name])
+    stack = find_contract(model).main_stack
     never = set.intersection(*(set(phase.skip.get(stack, ())) for phase in plan.phases))
     found = [
         f"{stack}.{number}.{name}"

@@ -7,16 +7,16 @@ towards the state that the whole model has behind it, so that a stand-in also ma
 import inspect
 from collections.abc import Callable
 from contextlib import suppress
-from typing import Any
+from typing import Any, get_args
 
 import torch
 from torch import Tensor, nn
 
 from skipwise.blocks import bind, find_contract, module_list
 from skipwise.calibration import Batch, Calibration
-from skipwise.errors import UserError
+from skipwise.errors import UserError, unknown
 from skipwise.plan import Phase, Plan
-from skipwise.skipping import Cut, apply
+from skipwise.skipping import Cut, check_stand_ins, cutting
 from skipwise.stand_ins import Moments, StandInKind, build, key
 
 
@@ -43,8 +43,10 @@ def fit_stand_ins(
     work = [(number, stack, block) for number, phase in enumerate(plan.phases) for stack, block in _blocks(phase)]
     if not work:
         raise UserError("The plan skips no block, so there is nothing to leave behind; make one with `skipwise plan`.")
-    if kind not in ("constant", "linear"):
-        raise UserError(f"Unknown kind of stand-in {kind!r}. Available: constant, linear.")
+    if kind not in get_args(StandInKind):
+        raise unknown("kind of stand-in", kind, get_args(StandInKind))
+    for _, stack, _ in work:
+        check_stand_ins(contract.stacks[stack])
     tensors: dict[str, Tensor] = {}
     for done, (number, stack, block) in enumerate(work):
         fitter = _Fitter(calibration, plan, number, stack, tensors)
@@ -75,8 +77,6 @@ class _Fitter:
         self.calibration, self.model = calibration, calibration.model
         self.contract = find_contract(self.model)
         self.stack = self.contract.stacks[stack]
-        if len(self.stack.streams) > 1:
-            raise UserError(f"Blocks of {stack} have several streams and cannot leave stand-ins behind.")
         self.blocks = list(module_list(self.model, stack))
         self.begin, self.end = plan.phases[number - 1].until if number else 0.0, plan.phases[number].until
         like = next(p for p in self.model.parameters() if p.is_floating_point())
@@ -91,8 +91,9 @@ class _Fitter:
         moments: Moments | None = None
         for epoch in range(epochs):
             for batch in self.calibration.batches(self.begin, self.end, epoch):
-                wanted = self._run(batch, block, {})[1]
-                found = self._run(batch, block, self.known)[0]
+                found, wanted = self._run(batch, block, {})
+                if self.known:
+                    found, _ = self._run(batch, block, self.known)
                 moments = moments or Moments(found.shape[-1])
                 moments.add(found.flatten(0, 1), (wanted - found).flatten(0, 1))
         assert moments is not None
@@ -108,13 +109,11 @@ class _Fitter:
             seen.append(result if stream.output is None else result[stream.output])
             raise _Reached  # what comes behind is not needed
 
-        name = self.stack.name
-        undo = apply(self.model, self.contract, Cut({name: frozenset(known)}, {name: known}))
+        cut = Cut({self.stack.name: frozenset(known)}, {self.stack.name: known})
         handle = self.blocks[block].register_forward_hook(note, with_kwargs=True)
         try:
-            with suppress(_Reached):
+            with cutting(self.model, self.contract, cut), suppress(_Reached):
                 self.model(input_ids=batch.inputs)
         finally:
             handle.remove()
-            undo()
         return seen[0], seen[1]

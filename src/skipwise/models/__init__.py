@@ -23,6 +23,12 @@ def kind_of(model: nn.Module) -> Kind:
     return "encoder"
 
 
+def end_of_text(model: nn.Module) -> int | None:
+    """The id of the token that ends a text, the first where the config has several; None when it has none."""
+    token = getattr(model.config, "eos_token_id", None)
+    return token[0] if isinstance(token, list) else token
+
+
 def mask_token(model: nn.Module) -> int:
     """The id of the model's mask token. Raises UserError when its config has none."""
     token = getattr(model.config, "mask_token_id", None)

@@ -17,7 +17,7 @@ from skipwise.blocks import Contract, find_contract
 from skipwise.calibration import Batch, Calibration, divergence
 from skipwise.errors import UserError
 from skipwise.planners.base import Allowance, Choice, planner
-from skipwise.skipping import Cut, apply
+from skipwise.skipping import Cut, cutting
 from skipwise.stand_ins import Stored
 
 
@@ -39,7 +39,7 @@ class _Search:
     def __init__(self, calibration: Calibration, stack: str, forbid_neighbours: bool):
         self.model, self.stack, self.forbid_neighbours = calibration.model, stack, forbid_neighbours
         self.contract: Contract = find_contract(self.model)
-        if len(self.contract.stacks[stack].streams) > 1 or self.contract.stacks[stack].in_place:
+        if not self.contract.stacks[stack].takes_stand_ins:
             raise UserError(f"greedy cannot test the blocks of {stack} one by one; use similarity or window.")
         self.length = self.contract.stacks[stack].length
         self.batches = list(calibration.batches())
@@ -77,14 +77,11 @@ class _Search:
     def _states(self, batch: Batch, gone: set[int]) -> dict[int, Tensor]:
         """Block -> the state (batch, length, width) in front of it, without those that are gone."""
         kept = [block for block in range(self.length) if block not in gone]
-        undo = apply(self.model, self.contract, Cut({self.stack: frozenset(gone)}))
-        try:
+        with cutting(self.model, self.contract, Cut({self.stack: frozenset(gone)})):
             reader = StateReader(self.model, self.contract.stacks[self.stack])
             with reader.reading():
                 self.model(input_ids=batch.inputs)
                 boundaries = reader.take()
-        finally:
-            undo()
         self.evaluated += len(kept)
         return dict(zip(kept, boundaries, strict=False))
 
@@ -92,9 +89,6 @@ class _Search:
         """Predictions without `block` and those gone, from the state in front of it on."""
         skipped = gone | set(range(block + 1))
         cut = Cut({self.stack: frozenset(skipped)}, {self.stack: {block: Stored(state)}})
-        undo = apply(self.model, self.contract, cut)
-        try:
-            self.evaluated += self.length - len(skipped)
+        self.evaluated += self.length - len(skipped)
+        with cutting(self.model, self.contract, cut):
             return batch.predictions(self.model)
-        finally:
-            undo()

@@ -1,6 +1,6 @@
 """The sequences that a masked diffusion sampler fills: prompt and masks, the masks' quotas, the end of a text."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any, ClassVar, Self
 
 import torch
@@ -32,10 +32,10 @@ class Settings:
     @classmethod
     def of(cls, given: dict[str, Any]) -> Self:
         """Settings by name. Raises UserError, with the nearest name, for one that this family does not take."""
-        legal = [name for name in cls.__dataclass_fields__ if name not in ("family", "eos_token_id")]
+        known = {field.name for field in fields(cls)}
         for name in given:
-            if name not in (*legal, "eos_token_id"):
-                raise unknown(f"setting of the {cls.family} sampler", name, legal)
+            if name not in known:
+                raise unknown(f"setting of the {cls.family} sampler", name, known - {"eos_token_id"})
         return cls(**given)
 
     def __post_init__(self) -> None:

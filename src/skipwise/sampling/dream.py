@@ -69,20 +69,15 @@ def decode(
     canvas = Canvas.open(input_ids, attention_mask, denoiser.mask_token, settings.gen_length)
     steps = settings.steps or canvas.most
     hooked = settings.tokens_hook is not None or settings.logits_hook is not None
-    mask = torch.tensor([canvas.mask], device=canvas.sequences.device)
     _apply_tokens_hook(canvas, settings, None, None)
-    official = _Official(settings, canvas) if settings.compat else None
-    plain = _Plain(settings, canvas, steps)
+    rule = (_Official if settings.compat else _Plain)(settings, canvas, steps)
     for i in range(steps):
-        if official is None and not hooked and not plain.commits(i):
+        if not hooked and not rule.commits(i):
             continue
         logits = denoiser(canvas.step(i, steps), canvas.sequences, canvas.attention_mask)
         if settings.logits_hook is not None:
             logits = settings.logits_hook(i, canvas.sequences, logits)
-        if official is None:
-            plain.commit(i, logits.float().index_fill(-1, mask, -torch.inf))  # no mask is filled with a mask
-        else:
-            official.commit(i, steps, logits)
+        rule.commit(i, logits)
         _apply_tokens_hook(canvas, settings, i, logits)
         if canvas.finished(settings.eos_token_id):
             break
@@ -92,10 +87,6 @@ def decode(
 def _apply_tokens_hook(canvas: Canvas, settings: DreamSettings, step: int | None, logits: Tensor | None) -> None:
     if settings.tokens_hook is not None:
         canvas.sequences = settings.tokens_hook(step, canvas.sequences, logits)
-
-
-def _times(settings: DreamSettings, steps: int) -> Tensor:
-    return torch.linspace(1, settings.eps, steps + 1)
 
 
 def filtered(logits: Tensor, settings: DreamSettings) -> Tensor:
@@ -130,8 +121,7 @@ class _Plain:
     def __init__(self, settings: DreamSettings, canvas: Canvas, steps: int):
         self.settings, self.canvas, self.steps = settings, canvas, steps
         self.noise = Noise(settings.seed, canvas)
-        masks = canvas.masked
-        self.quotas = transfer_quotas(masks.sum(1), steps)
+        self.quotas = transfer_quotas(canvas.masked.sum(1), steps)
         # under "origin" when each mask is lifted is known beforehand: uniform over the steps, whatever the tokens are
         self.lifted = (self._uniform(0) * steps).long()
 
@@ -147,7 +137,8 @@ class _Plain:
     def commit(self, step: int, logits: Tensor) -> None:
         """Commit the tokens of a step; logits (batch, length, vocabulary)."""
         settings, canvas, masked = self.settings, self.canvas, self.canvas.masked
-        logits = filtered(logits, settings)
+        mask = torch.tensor([canvas.mask], device=logits.device)
+        logits = filtered(logits.float().index_fill(-1, mask, -torch.inf), settings)  # no mask is filled with a mask
         probabilities = logits.softmax(-1)
         if settings.temperature > 0:
             chosen = gumbel_argmax(probabilities.double(), self._uniform(3 * step + 1, logits.shape[2]))
@@ -168,16 +159,21 @@ class _Plain:
 class _Official:
     """The official code's commits, quirks included: one quota for the whole batch, the mean of its masks."""
 
-    def __init__(self, settings: DreamSettings, canvas: Canvas):
-        self.settings, self.canvas = settings, canvas
+    def __init__(self, settings: DreamSettings, canvas: Canvas, steps: int):
+        self.settings, self.canvas, self.steps = settings, canvas, steps
+        self.times = torch.linspace(1, settings.eps, steps + 1)
         self.generator = torch.Generator(canvas.sequences.device).manual_seed(settings.seed)
 
-    def commit(self, step: int, steps: int, logits: Tensor) -> None:
+    def commits(self, step: int) -> bool:
+        """The official code runs every step."""
+        return True
+
+    def commit(self, step: int, logits: Tensor) -> None:
         """Commit the tokens of a step; logits (batch, length, vocabulary) in the model's own dtype."""
         settings, sequences = self.settings, self.canvas.sequences
         masked = sequences == self.canvas.mask
-        times = _times(settings, steps)
-        part = 1 - times[step + 1] / times[step] if step < steps - 1 else torch.tensor(1.0)
+        last = step == self.steps - 1
+        part = torch.tensor(1.0) if last else 1 - self.times[step + 1] / self.times[step]
         if settings.alg == "origin":
             found = torch.full_like(sequences[masked], self.canvas.mask)
             draws = torch.rand(found.shape, generator=self.generator, device=found.device)
@@ -187,7 +183,7 @@ class _Official:
             return
         confidence, found = self._sample(logits[masked])
         mean = masked.sum() / len(sequences)
-        count = int(mean * part) if step < steps - 1 else int(mean)
+        count = int(mean * part)
         if count > 0:
             ranked = torch.full_like(sequences, -torch.inf, dtype=logits.dtype)
             ranked[masked] = confidence

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from skipwise.cost import Prices, price_blocks
 from skipwise.errors import UserError, unknown
 from skipwise.examples import Size
-from skipwise.models import kind_of
+from skipwise.models import end_of_text, kind_of
 from skipwise.plan import Plan
 from skipwise.sampling import dream, llada, mdlm
 from skipwise.sampling.autoregressive import AutoregressiveSettings, decode_autoregressive
@@ -94,17 +94,12 @@ def generate(
         plain = AutoregressiveSettings(**settings)
         return _continue(model, input_ids, attention_mask, plan, gen_length, seed, stop_at_eos, plain)
     chosen = _family(model, family)
-    eos = _end_of_text(model) if stop_at_eos and not settings.get("compat") else None
+    eos = end_of_text(model) if stop_at_eos and not settings.get("compat") else None
     resolved = chosen.settings.of({"gen_length": gen_length, "seed": seed, "eos_token_id": eos, **settings})
     return _diffuse(model, input_ids, attention_mask, plan, chosen, resolved, on_step)
 
 
 _OF_AUTOREGRESSIVE = AutoregressiveSettings.__dataclass_fields__
-
-
-def _end_of_text(model: nn.Module) -> int | None:
-    token = getattr(model.config, "eos_token_id", None)
-    return token[0] if isinstance(token, list) else token
 
 
 def _continue(

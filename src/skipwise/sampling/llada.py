@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from skipwise.errors import UserError
+from skipwise.models import end_of_text
 from skipwise.sampling.canvas import Canvas, Settings, commit_above, commit_top, transfer_quotas
 from skipwise.sampling.denoiser import Denoiser, Step
 from skipwise.sampling.noise import Noise
@@ -99,13 +100,17 @@ def decode(
     return canvas.close(settings.eos_token_id)
 
 
+def guided(logits: Tensor, unguided: Tensor, scale: float) -> Tensor:
+    """Classifier-free guidance as in LLaDA's `generate`: `unguided` are the logits with the prompt masked."""
+    return unguided + (scale + 1) * (logits - unguided)
+
+
 class _Run:
     def __init__(self, denoiser: Denoiser, canvas: Canvas, settings: LLaDASettings):
         self.denoiser, self.canvas, self.settings = denoiser, canvas, settings
         self.given = canvas.sequences != canvas.mask  # what guidance masks
         self.total = canvas.most
-        config = denoiser.model.config
-        self.eos, self.eot = getattr(config, "eos_token_id", None), getattr(config, "eot_token_id", None)
+        self.eos, self.eot = end_of_text(denoiser.model), getattr(denoiser.model.config, "eot_token_id", None)
         device = canvas.sequences.device
         self.noise: Noise | torch.Generator
         if settings.compat:
@@ -157,7 +162,7 @@ class _Run:
         without = canvas.sequences.masked_fill(self.given, canvas.mask)
         mask = None if canvas.attention_mask is None else canvas.attention_mask.repeat(2, 1)
         logits, unguided = self.denoiser(step, torch.cat([canvas.sequences, without]), mask).chunk(2)
-        return unguided + (scale + 1) * (logits - unguided)
+        return guided(logits, unguided, scale)
 
     def _choose(self, logits: Tensor, window: slice) -> tuple[Tensor, Tensor]:
         """The chosen token of every position of `logits` (batch, window, vocabulary), and how confident it is."""

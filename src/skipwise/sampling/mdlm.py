@@ -176,7 +176,8 @@ class _FirstHitting:
 
     def _lift(self, step: Step, rows: Tensor, due: Tensor) -> None:
         probabilities = predict(self.denoiser, step, self.canvas, (1 - due).clamp_min(LAST_TIME), rows)
-        left = [self.canvas.left[row] for row in rows.tolist()]  # numbers a row's draws: it falls with every event
+        masks = self.canvas.left
+        left = [masks[row] for row in rows.tolist()]  # numbers a row's draws: it falls with every event
         words = probabilities.shape[2]
         uniform = self.noise.uniform(left, words, rows=rows.tolist(), dtype=self.settings.dtype)
         drawn = gumbel_argmax(probabilities.to(uniform.dtype), uniform)

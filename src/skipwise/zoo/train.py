@@ -23,7 +23,7 @@ from torch.nn import functional as F
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from skipwise.errors import UserError
-from skipwise.files import write_atomically, write_bytes_atomically
+from skipwise.files import write_atomically, write_bytes_atomically, write_state
 from skipwise.loading import load
 from skipwise.models.dream import SHARED, DreamConfig, DreamModel
 from skipwise.models.llada import LLaDAConfig, LLaDAModelLM, official_state_dict
@@ -305,8 +305,7 @@ def save_state(
         "optimizers": [optimizer.state_dict() for optimizer in optimizers],
         "generator": generator.get_state(),
     }
-    torch.save(state, output / "state.tmp")
-    (output / "state.tmp").replace(output / "state.pt")
+    write_state(output / "state.pt", state)
 
 
 def resume(
