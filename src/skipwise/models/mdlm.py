@@ -52,6 +52,10 @@ class MDLMConfig(PreTrainedConfig):
         check_official("MDLM", official, ("vocab_size", "hidden_dim", "cond_dim", "n_blocks", "n_heads"))
         return cls(architectures=["MDLM"], **{key: official[key] for key in _KEYS if key in official})
 
+    def to_official(self) -> dict[str, Any]:
+        """The dictionary of the official config.json."""
+        return {"architectures": ["MDLM"], "model_type": self.model_type} | {key: getattr(self, key) for key in _KEYS}
+
 
 class _Norm(nn.Module):
     """Layer norm without bias, in float32 whatever the stream's dtype."""

@@ -9,178 +9,28 @@ the state at p - 1.
 """
 
 import json
-import math
 import time
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Literal, cast
 
 import torch
-from safetensors.torch import save
 from torch import Tensor, nn
-from torch.nn import functional as F
-from transformers import LlamaConfig, LlamaForCausalLM
 
-from skipwise.errors import UserError
-from skipwise.files import write_atomically, write_bytes_atomically, write_state
-from skipwise.loading import load
-from skipwise.models.dream import SHARED, DreamConfig, DreamModel
-from skipwise.models.llada import LLaDAConfig, LLaDAModelLM, official_state_dict
-from skipwise.zoo.tasks import MAX_LENGTH, TASKS, examples
-from skipwise.zoo.tokenizer import build_tokenizer
-
-Objective = Literal["masked_diffusion", "autoregressive"]
-ZooModel = LLaDAModelLM | DreamModel | LlamaForCausalLM
-
-
-@dataclass(frozen=True)
-class Recipe:
-    """All that determines a zoo model. `share` is each task's part of a batch; `parent` the model it goes on from."""
-
-    objective: Objective
-    parent: str | None = None
-    blocks: int = 24
-    width: int = 64
-    heads: int = 4
-    mlp_width: int = 160
-    steps: int = 2400
-    batch_size: int = 256
-    learning_rate: float = 3e-3
-    warmup: int = 100
-    decay_from: float = 0.5
-    share: tuple[tuple[str, float], ...] = (("addition", 0.35), ("chain", 0.25), ("sort", 0.25), ("reverse", 0.15))
-
-
-CARD = """# {name}
-
-A {objective} language model over generated tasks with exact answers: three-digit addition, chained arithmetic, sorting
-and reversing digits. Made to measure what skipping blocks costs; of no other use. Apache-2.0, trained from scratch.
-
-Reproduce it with `skipwise zoo train {name} --seed {seed}`; the log of the run that made these weights is train.jsonl.
-"""
-
-RECIPES = {
-    "tiny-dllm": Recipe("masked_diffusion"),
-    "tiny-ar": Recipe("autoregressive"),
-    # on top of its parent's steps; a third of the learning rate, so that the parent is not forgotten
-    "tiny-ar2dllm": Recipe("masked_diffusion", parent="tiny-ar", steps=1200, learning_rate=1e-3),
-}
-
-
-@dataclass(frozen=True)
-class Batch:
-    """Left-padded sequences (batch, MAX_LENGTH); `answer` is True on answer tokens, `attention` 0 on padding."""
-
-    tokens: Tensor
-    attention: Tensor
-    answer: Tensor
-
-
-def build_model(recipe: Recipe, seed: int, parent: str | None = None) -> ZooModel:
-    """A freshly initialised model, or one with the weights of `parent` (what `load` takes; the recipe's by default)."""
-    if recipe.parent:
-        return _continued(parent or recipe.parent)
-    tokenizer = build_tokenizer()
-    torch.manual_seed(seed)
-    settings: dict[str, Any] = dict(
-        vocab_size=len(tokenizer),
-        hidden_size=recipe.width,
-        intermediate_size=recipe.mlp_width,
-        num_hidden_layers=recipe.blocks,
-        num_attention_heads=recipe.heads,
-        num_key_value_heads=recipe.heads,
-        max_position_embeddings=64,
-        rms_norm_eps=1e-5,
-        initializer_range=recipe.width**-0.5,
-        rope_parameters={"rope_type": "default", "rope_theta": 10000.0},
-        pad_token_id=tokenizer.pad_token_id,
-        eos_token_id=tokenizer.eos_token_id,
-        bos_token_id=None,
-    )
-    model: LLaDAModelLM | LlamaForCausalLM
-    if recipe.objective == "masked_diffusion":
-        model = LLaDAModelLM(LLaDAConfig(mask_token_id=tokenizer.mask_token_id, **settings))
-    else:
-        model = LlamaForCausalLM(LlamaConfig(**settings))
-    _shrink_branches(model)
-    return model
-
-
-@torch.no_grad()
-def _shrink_branches(model: ZooModel) -> None:
-    """Residual branches start small, so that depth does not blow up the stream."""
-    for layer in model.model.layers:
-        for branch_end in (layer.self_attn.o_proj, layer.mlp.down_proj):
-            branch_end.weight.div_(math.sqrt(2 * len(model.model.layers)))
-
-
-def _continued(parent: str) -> DreamModel:
-    """A Dream with the weights of an autoregressive Llama; the biases that only Dream has are 0."""
-    source, tokenizer = load(parent)
-    if type(source) is not LlamaForCausalLM or tokenizer.mask_token_id is None:
-        raise UserError(f"{parent} is a {type(source).__name__}; a parent is a zoo model such as tiny-ar.")
-    shared = {key: value for key, value in source.config.to_dict().items() if key in SHARED}
-    shared |= {"mask_token_id": tokenizer.mask_token_id, "rope_parameters": source.config.rope_parameters}
-    model = DreamModel(DreamConfig(**shared))
-    biases = {key: torch.zeros_like(value) for key, value in model.state_dict().items() if key.endswith(".bias")}
-    model.load_state_dict(source.state_dict() | biases)
-    return model.train()
-
-
-def batches(recipe: Recipe, seed: int) -> Iterator[Batch]:
-    """An endless stream of training batches."""
-    tokenizer = build_tokenizer()
-    ids = tokenizer.get_vocab()
-    streams = {task: examples(task, "train", seed) for task, _ in recipe.share}
-    counts = [round(recipe.batch_size * part) for _, part in recipe.share]
-    tasks = [task for (task, _), count in zip(recipe.share, counts, strict=True) for _ in range(count)]
-    while True:
-        tokens = torch.full((len(tasks), MAX_LENGTH), tokenizer.pad_token_id)
-        answer = torch.zeros(len(tasks), MAX_LENGTH, dtype=torch.bool)
-        for row, task in enumerate(tasks):
-            text = "".join(next(streams[task]))
-            tokens[row, -len(text) :] = torch.tensor([ids[c] for c in text])
-            answer[row, -TASKS[task].answer_length :] = True
-        yield Batch(tokens, (tokens != tokenizer.pad_token_id).long(), answer)
-
-
-def masked_diffusion_loss(model: nn.Module, batch: Batch, generator: torch.Generator) -> Tensor:
-    """Mean over rows of sum_{masked} cross-entropy / k."""
-    length = batch.answer.sum(1)  # (batch,)
-    k = (torch.rand(length.shape, generator=generator) * length).long() + 1
-    # the k answer positions that draw the smallest numbers are masked
-    draws = torch.rand(batch.tokens.shape, generator=generator).where(batch.answer, 2.0)
-    masked = draws.argsort(1).argsort(1) < k[:, None]
-    noised = batch.tokens.where(~masked, cast(LLaDAConfig, model.config).mask_token_id or 0)
-    logits = model(input_ids=noised, attention_mask=batch.attention).logits
-    losses = _token_losses(logits, batch.tokens)
-    return (losses * masked / k[:, None]).sum() / len(k)
-
-
-def autoregressive_loss(model: nn.Module, batch: Batch, generator: torch.Generator) -> Tensor:
-    """Mean over rows of the mean cross-entropy of the answer tokens, each predicted from those before it."""
-    logits = model(input_ids=batch.tokens, attention_mask=batch.attention, use_cache=False).logits[:, :-1]
-    target, scored = batch.tokens[:, 1:], batch.answer[:, 1:]
-    losses = _token_losses(logits, target)
-    return (losses * scored / scored.sum(1, keepdim=True)).sum() / len(target)
-
-
-def _token_losses(logits: Tensor, targets: Tensor) -> Tensor:
-    """(batch, length, vocabulary), (batch, length) -> cross-entropy of every token (batch, length)."""
-    return F.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="none").view_as(targets)
-
-
-LOSSES: dict[Objective, Callable[[nn.Module, Batch, torch.Generator], Tensor]] = {
-    "masked_diffusion": masked_diffusion_loss,
-    "autoregressive": autoregressive_loss,
-}
+from skipwise.files import write_state
+from skipwise.zoo.build import ZooModel, blocks_of, build_model
+from skipwise.zoo.losses import LOSSES, Batch, data
+from skipwise.zoo.recipes import RECIPES, Recipe
 
 
 def build_optimizers(model: nn.Module, recipe: Recipe) -> list[torch.optim.Optimizer]:
-    """Muon for the blocks' matrices, AdamW for embeddings, head and norms."""
-    matrices = [p for name, p in model.named_parameters() if p.ndim == 2 and ".layers." in name]
-    others = [p for name, p in model.named_parameters() if not (p.ndim == 2 and ".layers." in name)]
+    """Muon for the blocks' matrices, AdamW for embeddings, head, norms and modulations."""
+    inside = {
+        id(p) for name, p in blocks_of(model).named_parameters() if p.ndim == 2 and "adaLN_modulation" not in name
+    }
+    matrices = [p for p in model.parameters() if id(p) in inside]
+    others = [p for p in model.parameters() if id(p) not in inside]
     return [
         torch.optim.Muon(matrices, lr=recipe.learning_rate, weight_decay=0.01, adjust_lr_fn="match_rms_adamw"),
         torch.optim.AdamW(others, lr=recipe.learning_rate / 2, betas=(0.9, 0.98), weight_decay=0.0),
@@ -223,12 +73,12 @@ def train(
     optimizers = build_optimizers(model, recipe)
     base = [group["lr"] for optimizer in optimizers for group in optimizer.param_groups]
     generator = torch.Generator().manual_seed(seed + 1)
-    stream = batches(recipe, seed)
+    _, stream = data(recipe, seed)
     output.mkdir(parents=True, exist_ok=True)
     first, elapsed = resume(output, model, optimizers, generator, stream)
     if compile_blocks:
-        for layer in model.model.layers:
-            layer.compile()
+        for block in blocks_of(model):
+            block.compile()
     with open(output / "train.jsonl", "a", encoding="utf-8") as log:
         if first == 0:
             log.write(
@@ -236,7 +86,8 @@ def train(
             )
         total, steps, began = 0.0, 0, time.monotonic()
         for step in range(first, stop_after or recipe.steps):
-            loss = LOSSES[recipe.objective](model, next(stream), generator)
+            with torch.autocast("cpu", torch.bfloat16) if recipe.autocast else nullcontext():
+                loss = LOSSES[recipe.objective](model, next(stream), generator, recipe.stratified)
             total, steps = total + _update(model, loss, optimizers, base, schedule(recipe, step)), steps + 1
             if (step + 1) % every == 0 or step + 1 == recipe.steps:
                 seconds = elapsed + time.monotonic() - began
@@ -273,20 +124,6 @@ def _accuracies(model: nn.Module, evaluate: Callable[[nn.Module], dict[str, floa
         accuracies = evaluate(model)
     model.train()
     return accuracies
-
-
-def save_model(model: ZooModel, name: str, seed: int, folder: Path) -> Path:
-    """Write a standard checkpoint: the official layouts of LLaDA and Dream, transformers' for the others."""
-    folder.mkdir(parents=True, exist_ok=True)
-    build_tokenizer().save_pretrained(folder)
-    if isinstance(model, LLaDAModelLM | DreamModel):
-        weights = official_state_dict(model) if isinstance(model, LLaDAModelLM) else model.state_dict()
-        write_bytes_atomically(folder / "model.safetensors", save(weights, {"format": "pt"}))
-        write_atomically(folder / "config.json", json.dumps(model.config.to_official(), indent=2) + "\n")
-    else:
-        model.save_pretrained(folder)
-    write_atomically(folder / "README.md", CARD.format(name=name, seed=seed, objective=RECIPES[name].objective))
-    return folder
 
 
 def save_state(
