@@ -17,6 +17,7 @@ from skipwise.evaluation.tasks import build_task, calibration_texts, default_tas
 from skipwise.evaluation.text import TextTask
 from skipwise.evaluation.texts import documents, names
 from skipwise.plan import Plan
+from skipwise.sampling import Denoiser
 from skipwise.zoo.tasks import TASKS, distinct_examples, examples, split_of
 from tests.tiny_models import ROWS
 
@@ -149,7 +150,7 @@ def test_texts() -> None:
 def test_text_scores_beside_a_plain_loop(name: str, metric: str) -> None:
     model = ROWS[name]()
     task = TextTask("persuasion", "test", windows=3, seed=0, tokens=32)
-    accuracy, perplexity = task.run(model, Letters())
+    accuracy, perplexity = task.run(Denoiser(model), Letters())
     assert (accuracy.metric, perplexity.metric) == (metric, "perplexity")
     assert accuracy.examples == 3
     if name == "llama":
@@ -159,7 +160,7 @@ def test_text_scores_beside_a_plain_loop(name: str, metric: str) -> None:
         chosen = log.gather(-1, ids[:, 1:, None])[..., 0]
         assert perplexity.value == pytest.approx(float((-chosen.mean()).exp()), rel=1e-4)
         assert accuracy.value == pytest.approx(float((log.argmax(-1) == ids[:, 1:]).float().mean()))
-    again = task.run(model, Letters())
+    again = task.run(Denoiser(model), Letters())
     assert np.array_equal(again[0].numerators, accuracy.numerators), "the same tokens are masked every time"
 
 
@@ -173,7 +174,7 @@ def test_text_under_a_plan_reports_both_metrics() -> None:
 
 
 def test_an_encoder_is_scored_with_its_tokenizers_mask() -> None:
-    accuracy, _ = TextTask("sotu", "test", 2, 0, 32).run(ROWS["bert"](), Letters())
+    accuracy, _ = TextTask("sotu", "test", 2, 0, 32).run(Denoiser(ROWS["bert"]()), Letters())
     assert 0 <= accuracy.value <= 1
 
 
@@ -194,7 +195,7 @@ def test_mistakes(dllm: tuple[nn.Module, Any]) -> None:
     with pytest.raises(sw.UserError, match="This plan was made for a model with"):
         sw.evaluate(*dllm, ["sort"], [plan_for(ROWS["llama"](), [1])])
     with pytest.raises(sw.UserError, match="needs a tokenizer"):
-        build_task("sotu", "test", 1, 0, 1).run(dllm[0], None)
+        build_task("sotu", "test", 1, 0, 1).run(Denoiser(dllm[0]), None)
 
 
 def test_paired_difference_beside_a_plain_bootstrap(dllm: tuple[nn.Module, Any]) -> None:

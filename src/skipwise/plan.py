@@ -44,7 +44,8 @@ class Phase(_Frozen):
     """A part of the trajectory that ends at progress `until` (0 = all noise, 1 = done), and what is left out in it.
 
     `stand_in` says what skipped blocks leave behind: their mean residual ("constant"), a map of their normed input
-    ("linear"), or None, the identity. `model` names a lighter model that runs instead; None is the model itself.
+    ("linear"), or None, the identity. `model` names a lighter model that runs instead, as `skipwise.load` takes it;
+    None is the model itself.
     """
 
     until: float = Field(default=1.0, gt=0.0, le=1.0)
@@ -92,6 +93,9 @@ class Plan(_Frozen):
         ends = [phase.until for phase in self.phases]
         if not ends or ends[-1] != 1.0 or any(a >= b for a, b in pairwise(ends)):
             raise UserError(f"Plan phases end at {ends}; they must rise and the last must end at 1.0.")
+        both = next((phase for phase in self.phases if phase.model and any(phase.skip.values())), None)
+        if both:
+            raise UserError(f"A phase runs {both.model} and skips blocks too; a phase hands its steps over or skips.")
         for blocks in (*(phase.skip for phase in self.phases), self.train):
             for stack, numbers in blocks.items():
                 self._check_blocks(stack, numbers)
@@ -121,6 +125,12 @@ class Plan(_Frozen):
         """Whether the same blocks of the same model run at every step."""
         kinds = {(phase.model, phase.stand_in, tuple(sorted(phase.skip.items()))) for phase in self.phases}
         return len(kinds) == 1 and (len(self.phases) == 1 or self.stand_ins is None)
+
+    @property
+    def own_part(self) -> "Plan":
+        """This plan with the phases of other models left to the plan's own model, whole: what `skip` can follow."""
+        own = tuple(phase.model_copy(update={"model": None}) for phase in self.phases)
+        return self.model_copy(update={"phases": own})
 
     def phase_at(self, progress: float) -> Phase:
         """The phase that the step starting at `progress` in [0, 1) belongs to."""

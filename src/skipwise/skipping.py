@@ -172,7 +172,7 @@ def skip(model: nn.Module, plan: Plan, example: Mapping[str, Any] | None = None)
     named = next((phase.model for phase in plan.phases if phase.model), None)
     if named:
         raise UserError(
-            f"The plan hands steps to another model, {named!r}, which `skip` cannot run; use a static plan."
+            f"The plan hands steps to another model, {named!r}, which `skip` cannot run; `skipwise.generate` can."
         )
     stack = _active.setdefault(model, [])
     outer = stack[-1] if stack else None

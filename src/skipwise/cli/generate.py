@@ -9,7 +9,8 @@ from skipwise.cli.common import Device, Dtype, ModelName, console, settings_from
 from skipwise.errors import UserError
 from skipwise.loading import load
 from skipwise.plan import Plan
-from skipwise.sampling import FAMILIES, generate
+from skipwise.sampling import FAMILIES, Statistics, generate
+from skipwise.sampling.others import load_others
 
 
 def command(
@@ -58,11 +59,13 @@ def command(
         "temperature": temperature,
         "family": family,
     }
+    loaded = Plan.load(plan) if plan else None
     generated = generate(
         network,
         inputs["input_ids"],
         attention_mask=inputs["attention_mask"],
-        plan=Plan.load(plan) if plan else None,
+        plan=loaded,
+        others=load_others(loaded, network, tokenizer),
         gen_length=gen_length,
         seed=seed,
         **{key: value for key, value in given.items() if value is not None},
@@ -75,7 +78,15 @@ def command(
         console.print(text if infilled else prompt + text, highlight=False, markup=False)
     stats = generated.stats
     console.print(
-        f"[dim]{stats.forwards} forwards, {stats.all_in_flops / 1e9:.3f} GFLOP all-in "
+        f"[dim]{stats.forwards} forwards{_by_model(stats)}, {stats.all_in_flops / 1e9:.3f} GFLOP all-in "
         f"({1 - stats.all_in_flops / stats.whole_all_in_flops:.1%} saved), {stats.seconds:.2f} s[/dim]",
         highlight=False,
     )
+
+
+def _by_model(stats: Statistics) -> str:
+    """` (5 of it, 2 of tiny-text-light)`, or nothing where one model did it all."""
+    if not stats.by_model or set(stats.by_model) == {None}:
+        return ""
+    parts = (f"{share.forwards} of {name or 'the model itself'}" for name, share in stats.by_model.items())
+    return f" ({', '.join(parts)})"

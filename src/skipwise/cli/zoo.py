@@ -12,6 +12,7 @@ from skipwise.errors import UserError, unknown
 from skipwise.evaluation.tasks import build_task
 from skipwise.files import check_writable
 from skipwise.loading import embedded_names
+from skipwise.sampling import Denoiser
 from skipwise.zoo.build import save_model
 from skipwise.zoo.losses import data, held_out_loss
 from skipwise.zoo.recipes import RECIPES
@@ -63,7 +64,7 @@ def train_model(
         if recipe.corpus == "english":
             return {"held_out_loss": held_out_loss(model, tokenizer, recipe.length)}
         tasks = [build_task(task, "calibration", 128, 0, 128) for task in TASKS]
-        return {task.name: task.run(model, tokenizer)[0].value for task in tasks}
+        return {task.name: task.run(Denoiser(model), tokenizer)[0].value for task in tasks}
 
     model = train(name, output, seed, compile_blocks, scores, every=200, parent=parent)
     written = save_model(model, name, seed, output, recipe, tokenizer)

@@ -2,8 +2,8 @@
 
 import datetime
 import time
-from collections.abc import Callable, Sequence
-from contextlib import nullcontext
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any, Literal
 
 import numpy as np
@@ -12,20 +12,21 @@ from torch import nn
 from skipwise.blocks import find_contract
 from skipwise.cost import cost_of, price_blocks
 from skipwise.errors import UserError
-from skipwise.evaluation.measure import Measured, interval, resamples, retention_draws
+from skipwise.evaluation.measure import Measured, interval, resamples, retention, retention_draws
 from skipwise.evaluation.result import Interval, Result, Row, Score
 from skipwise.evaluation.tasks import EvaluationTask, build_task, default_tasks
 from skipwise.examples import Size
 from skipwise.models import kind_of
 from skipwise.plan import Plan
-from skipwise.skipping import skip
+from skipwise.sampling.accounts import Share, account
+from skipwise.sampling.denoiser import denoising
 from skipwise.versions import versions
 
 
 def evaluate(
     model: nn.Module,
     tokenizer: Any,
-    tasks: Sequence[str] | None = None,
+    tasks: Sequence[str | EvaluationTask] | None = None,
     plans: Sequence[Plan | None] = (None,),
     *,
     examples: int | None = None,
@@ -33,24 +34,29 @@ def evaluate(
     seed: int = 0,
     batch_size: int = 250,
     name: str | None = None,
+    others: Mapping[str, nn.Module] | None = None,
     on_progress: Callable[[int, int], None] | None = None,
 ) -> Result:
     """Scores of the model under each plan, and the retention against the whole model, paired on the same examples.
 
-    tasks: names, see `task_names()`; the model's own when left out. plans: None is the whole model, which is evaluated
-    first whether it is listed or not. examples: prompts a task (500), or windows of a text (8). seed: of the examples,
-    their masks, and the bootstrap. on_progress(done, total) counts plans x tasks.
-    Raises UserError for an unknown task or a plan of another model.
+    tasks: names, see `task_names()`, or tasks; the model's own when left out. plans: None is the whole model, which is
+    evaluated first whether it is listed or not; phases are followed, and the FLOPs that a row saves are those of the
+    forwards that were made. examples: prompts a task (500), or windows of a text (8). seed: of the examples, their
+    masks, and the bootstrap. others: models that plans name (`skipwise.generate`). on_progress(done, total) counts
+    plans x tasks. Raises UserError for an unknown task or a plan of another model.
     """
     if examples is not None and examples < 1:
         raise UserError(f"examples={examples}: at least one example a task is needed.")
-    chosen = [build_task(t, split, examples, seed, batch_size) for t in (tasks or default_tasks(tokenizer))]
+    chosen = [
+        build_task(task, split, examples, seed, batch_size) if isinstance(task, str) else task
+        for task in (tasks or default_tasks(tokenizer))
+    ]
     contract = find_contract(model)
     listed = [plan for plan in plans if plan is not None]
     for plan in listed:
         plan.check_model(contract.shape)
     ticker = _Ticker((1 + len(listed)) * len(chosen), on_progress)
-    judge = _Judge(model, tokenizer, chosen, seed, ticker)
+    judge = _Judge(model, tokenizer, chosen, seed, ticker, others)
     first = next(model.parameters())
     return Result(
         name=name or getattr(model, "name_or_path", "") or type(model).__name__,
@@ -60,7 +66,8 @@ def evaluate(
         device=first.device.type,
         dtype=str(first.dtype).removeprefix("torch."),
         seeds={"examples": seed},
-        settings={"tasks": [t.name for t in chosen], "examples": examples, "split": split, "tokens": judge.tokens},
+        settings={"tasks": [t.name for t in chosen], "examples": examples, "split": split, "tokens": judge.tokens}
+        | {t.name: t.facts for t in chosen if t.facts},
         versions=versions(),
         date=datetime.date.today().isoformat(),
     )
@@ -76,52 +83,70 @@ class _Ticker:
             self.report(self.done, self.total)
 
 
+@dataclass(frozen=True)
+class _Run:
+    """What the tasks gave under one plan, and what it took: FLOPs of the blocks and of all, seconds."""
+
+    measured: dict[str, list[Measured]]
+    block_flops: float
+    all_in_flops: float
+    seconds: float
+
+
 class _Judge:
     """Runs tasks and holds the whole model's scores, which every plan is compared with."""
 
-    def __init__(self, model: nn.Module, tokenizer: Any, tasks: list[EvaluationTask], seed: int, ticker: _Ticker):
+    def __init__(
+        self,
+        model: nn.Module,
+        tokenizer: Any,
+        tasks: list[EvaluationTask],
+        seed: int,
+        ticker: _Ticker,
+        others: Mapping[str, nn.Module] | None,
+    ):
         self.model, self.tokenizer, self.tasks, self.ticker = model, tokenizer, tasks, ticker
-        self.seed = seed
+        self.seed, self.others = seed, others
         self.tokens = max(task.tokens for task in tasks)
-        self.prices = price_blocks(model, Size(tokens=self.tokens))
-        began = time.perf_counter()
-        self.whole = self._run()
-        self.whole_seconds = time.perf_counter() - began
+        self.whole = self._run(None)
 
-    def _run(self) -> dict[str, list[Measured]]:
+    def _run(self, plan: Plan | None) -> _Run:
         measured = {}
-        for task in self.tasks:
-            measured[task.name] = task.run(self.model, self.tokenizer)
-            self.ticker.tick()
-        return measured
+        began = time.perf_counter()
+        with denoising(self.model, plan, self.others, tokenizer=self.tokenizer) as denoiser:
+            for task in self.tasks:
+                measured[task.name] = task.run(denoiser, self.tokenizer)
+                self.ticker.tick()
+        seconds = time.perf_counter() - began
+        taken = sum(account(denoiser, self.tokens).values(), Share())
+        if taken.forwards:
+            return _Run(measured, taken.block_flops, taken.all_in_flops, seconds)
+        # an autoregressive model decodes by itself, under a static plan
+        cost = cost_of(price_blocks(self.model, Size(tokens=self.tokens)), plan)
+        return _Run(measured, cost.block_flops, cost.all_in_flops, seconds)
 
     def whole_row(self) -> Row:
         """The row of the model without a plan."""
-        return self._row(None, self.whole, self.whole_seconds)
+        return self._row(None, self.whole)
 
     def row(self, plan: Plan) -> Row:
         """The row of the model under a plan."""
-        began = time.perf_counter()
-        with skip(self.model, plan) if plan else nullcontext():
-            measured = self._run()
-        return self._row(plan, measured, time.perf_counter() - began)
+        return self._row(plan, self._run(plan))
 
-    def _row(self, plan: Plan | None, measured: dict[str, list[Measured]], seconds: float) -> Row:
-        cost = cost_of(self.prices, plan)
+    def _row(self, plan: Plan | None, run: _Run) -> Row:
         scores, draws = {}, {}
-        for number, (task, metrics) in enumerate(measured.items()):
+        for number, (task, metrics) in enumerate(run.measured.items()):
             counts = resamples(metrics[0].examples, self.seed + number)
             for place, metric in enumerate(metrics):
-                whole = self.whole[task][place]
+                whole = self.whole.measured[task][place]
                 kept = None
-                if plan is not None and not metric.perplexity and whole.value > 0:
+                if plan is not None and place == 0 and whole.value > 0:
                     draws[task] = retention_draws(metric, whole, counts)
-                    kept = interval(metric.value / whole.value, draws[task])
+                    kept = interval(retention(metric, whole), draws[task])
                 label = task if place == 0 else f"{task} ({metric.metric})"
-                value = interval(metric.value, metric.score(counts))
                 scores[label] = Score(
                     metric=metric.metric,
-                    value=value,
+                    value=interval(metric.value, metric.score(counts)),
                     examples=metric.examples,
                     retention=kept,
                     outcomes=metric.outcomes,
@@ -130,9 +155,9 @@ class _Judge:
             plan=plan,
             method=plan.method if plan else "whole model",
             k=_blocks_skipped(plan),
-            saved_block_flops=cost.saved_block_flops,
-            saved_all_in_flops=cost.saved_all_in_flops,
-            seconds=round(seconds, 3),
+            saved_block_flops=1 - run.block_flops / self.whole.block_flops,
+            saved_all_in_flops=1 - run.all_in_flops / self.whole.all_in_flops,
+            seconds=round(run.seconds, 3),
             scores=scores,
             mean_retention=_mean(scores, draws),
         )

@@ -34,6 +34,7 @@ from skipwise.loading import load
 from skipwise.models import kind_of
 from skipwise.plan import Plan
 from skipwise.sampling import generate
+from skipwise.sampling.others import load_others
 from skipwise.skipping import skip
 from skipwise.versions import versions
 
@@ -118,11 +119,9 @@ class SkipwiseLM(Distributed, TemplateLM):
         )
 
     def _try_settings(self) -> None:
-        """Let `skip` and `generate` say now what they would say about the plan and the settings at the first batch."""
+        """Let `generate` say now what it would say about the plan and the settings at the first batch."""
         if self.kind not in ("masked diffusion", "autoregressive"):
             raise UserError(f"{self.name} is of the kind {self.kind!r}; lm-eval needs a language model.")
-        with skip(self.model, self.plan) if self.plan else nullcontext():
-            pass
         trial: dict[str, Any] = {"gen_length": self.settings.get("block_length") or 1, **self.settings}
         if self.kind == "masked diffusion":
             trial["on_step"] = _end_trial
@@ -274,7 +273,8 @@ class SkipwiseLM(Distributed, TemplateLM):
         out = generate(
             self.model, ids.to(self.device), plan=self.plan, attention_mask=present.long().to(self.device), **settings
         )
-        self.generated.update({"texts": len(prompts), **asdict(out.stats)})
+        took = {key: value for key, value in asdict(out.stats).items() if key != "by_model"}
+        self.generated.update({"texts": len(prompts), **took})
         return [self._text(tokens, until) for tokens in out.sequences[:, length:]]
 
     def _text(self, tokens: Tensor, until: list[str]) -> str:
@@ -325,7 +325,7 @@ class SkipwiseLM(Distributed, TemplateLM):
         measured seconds.
         """
         size = Size(tokens=min(PRICED_TOKENS, self.max_length))
-        cost = estimate(self.model, self.plan, size)
+        cost = estimate(self.model, self.plan, size, load_others(self.plan, self.model, self.tokenizer))
         info: dict[str, Any] = {
             "kind": self.kind,
             "plan": self.plan.model_dump(mode="json") if self.plan else None,

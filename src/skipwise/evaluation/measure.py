@@ -77,7 +77,14 @@ def difference(first: Row, second: Row, seed: int = 0) -> Interval:
     return interval(float(np.mean(values)), np.mean(draws, axis=0))
 
 
+def retention(under_plan: Measured, whole: Measured) -> float:
+    """The part of a score that is kept: plan / whole; of a perplexity, which is to be low, whole / plan."""
+    pair = (whole, under_plan) if whole.perplexity else (under_plan, whole)
+    return pair[0].value / pair[1].value
+
+
 def retention_draws(under_plan: Measured, whole: Measured, counts: np.ndarray) -> np.ndarray:
-    """(resamples,) of score under the plan / score without, on the same draws; 0/0 counts as nothing kept."""
-    base = whole.score(counts)
-    return np.divide(under_plan.score(counts), base, out=np.zeros_like(base), where=base != 0)
+    """(resamples,) of `retention`, on the same draws of examples for both; 0/0 counts as nothing kept."""
+    above, below = (whole, under_plan) if whole.perplexity else (under_plan, whole)
+    base = below.score(counts)
+    return np.divide(above.score(counts), base, out=np.zeros_like(base), where=base != 0)

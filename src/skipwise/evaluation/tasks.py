@@ -6,7 +6,6 @@ from typing import Any, Literal, Protocol
 
 import numpy as np
 import torch
-from torch import nn
 
 from skipwise.errors import unknown
 from skipwise.evaluation.measure import Measured
@@ -36,8 +35,17 @@ class EvaluationTask(Protocol):
         """Length of the sequences that the model sees."""
         ...
 
-    def run(self, model: nn.Module, tokenizer: Any) -> list[Measured]:
-        """Scores of every example; the first metric is the one that retention is about."""
+    @property
+    def facts(self) -> dict[str, Any]:
+        """Settings that scores depend on and that every Result must show; may be empty."""
+        ...
+
+    def run(self, denoiser: Denoiser, tokenizer: Any) -> list[Measured]:
+        """Scores of every example; the first metric is the one that retention is about.
+
+        denoiser: the model and the plan that is in force; a diffusion model is run through it, so that phases are
+        followed and forwards counted.
+        """
         ...
 
 
@@ -45,7 +53,8 @@ class EvaluationTask(Protocol):
 class ExactMatch:
     """Generate the answer of each of a zoo task's prompts; an example scores 1 when every token is right.
 
-    Greedy; a diffusion model of any family by LLaDA's rule, one token a step, so that scores can be compared.
+    Greedy; a diffusion model of any family by LLaDA's rule, one token a step, so that scores can be compared. The
+    examples are those from number `first` on of the task's stream.
     """
 
     name: str
@@ -53,26 +62,33 @@ class ExactMatch:
     examples: int
     seed: int
     batch_size: int
+    first: int = 0
 
     @property
     def tokens(self) -> int:
         """Length of prompt and answer."""
         return PROMPT_LENGTH + TASKS[self.name].answer_length
 
-    def run(self, model: nn.Module, tokenizer: Any) -> list[Measured]:
+    @property
+    def facts(self) -> dict[str, Any]:
+        """None beyond those of every task."""
+        return {}
+
+    def run(self, denoiser: Denoiser, tokenizer: Any) -> list[Measured]:
         """One metric: exact match."""
-        pairs = distinct_examples(self.name, self.split, self.examples, self.seed)
+        pairs = distinct_examples(self.name, self.split, self.first + self.examples, self.seed)[self.first :]
         batches = [pairs[i : i + self.batch_size] for i in range(0, len(pairs), self.batch_size)]
-        correct = np.concatenate([self._batch(model, tokenizer, batch) for batch in batches])
+        correct = np.concatenate([self._batch(denoiser, tokenizer, batch) for batch in batches])
         return [Measured("exact match", correct, np.ones(len(correct)))]
 
-    def _batch(self, model: nn.Module, tokenizer: Any, pairs: Sequence[tuple[str, str]]) -> np.ndarray:
+    def _batch(self, denoiser: Denoiser, tokenizer: Any, pairs: Sequence[tuple[str, str]]) -> np.ndarray:
+        model = denoiser.model
         device = next(model.parameters()).device
         prompts = torch.tensor([tokenizer(prompt)["input_ids"] for prompt, _ in pairs], device=device)
         answers = torch.tensor([tokenizer(answer)["input_ids"] for _, answer in pairs], device=device)
         length = answers.shape[1]
         if kind_of(model) == "masked diffusion":
-            sequences = decode(Denoiser(model), prompts, LLaDASettings(gen_length=length))
+            sequences = decode(denoiser, prompts, LLaDASettings(gen_length=length))
         else:
             sequences = decode_autoregressive(model, prompts, None, length, stop_at_eos=False)
         return (sequences[:, -length:] == answers).all(1).double().cpu().numpy()

@@ -13,6 +13,7 @@ from skipwise.errors import UserError
 from skipwise.evaluation.measure import Measured
 from skipwise.evaluation.texts import documents
 from skipwise.models import kind_of, mask_token
+from skipwise.sampling.denoiser import Denoiser, Step
 
 # Noise levels of a masked model's windows, one after the other (stratified, so that every window counts alike).
 NOISE_LEVELS = (0.15, 0.35, 0.55, 0.75, 0.95)
@@ -33,8 +34,14 @@ class TextTask:
     seed: int
     tokens: int = 256
 
-    def run(self, model: nn.Module, tokenizer: Any) -> list[Measured]:
+    @property
+    def facts(self) -> dict[str, Any]:
+        """None beyond those of every task."""
+        return {}
+
+    def run(self, denoiser: Denoiser, tokenizer: Any) -> list[Measured]:
         """Two metrics: token accuracy, and perplexity."""
+        model = denoiser.model
         if tokenizer is None:
             raise UserError(f"Task {self.name!r} needs a tokenizer, and this model came without one.")
         autoregressive = kind_of(model) == "autoregressive"
@@ -42,7 +49,9 @@ class TextTask:
         with torch.no_grad():
             for i, window in enumerate(self._windows(tokenizer)):
                 ids = torch.tensor([window], device=next(model.parameters()).device)
-                rows.append(_autoregressive(model, ids) if autoregressive else self._masked(model, tokenizer, ids, i))
+                rows.append(
+                    _autoregressive(model, ids) if autoregressive else self._masked(denoiser, tokenizer, ids, i)
+                )
         correct, loss, count = np.array(rows).T
         what = "next-token accuracy" if autoregressive else "masked-token accuracy"
         return [Measured(what, correct, count), Measured("perplexity", loss, count, perplexity=True)]
@@ -54,14 +63,15 @@ class TextTask:
         for i in range(min(self.windows, len(ids) // self.tokens)):
             yield begin + ids[i * self.tokens : (i + 1) * self.tokens]
 
-    def _masked(self, model: nn.Module, tokenizer: Any, ids: Tensor, number: int) -> tuple[float, float, int]:
+    def _masked(self, denoiser: Denoiser, tokenizer: Any, ids: Tensor, number: int) -> tuple[float, float, int]:
+        model, level = denoiser.model, NOISE_LEVELS[number % len(NOISE_LEVELS)]
         token = tokenizer.mask_token_id if kind_of(model) == "encoder" else mask_token(model)
         if token is None:
             raise UserError(f"{type(model).__name__} has no mask token, so it cannot be scored on {self.name!r}.")
         noise = torch.Generator().manual_seed(self.seed * 1_000_003 + number)
-        masked = (torch.rand(ids.shape, generator=noise) < NOISE_LEVELS[number % len(NOISE_LEVELS)]).to(ids.device)
-        logits = model(input_ids=ids.masked_fill(masked, token)).logits[masked]
-        return _score(logits, ids[masked])
+        masked = (torch.rand(ids.shape, generator=noise) < level).to(ids.device)
+        step = Step(number, self.windows, ids, 1 - level)  # the moment of a trajectory at which so much is masked
+        return _score(denoiser(step, ids.masked_fill(masked, token))[masked], ids[masked])
 
 
 def _autoregressive(model: nn.Module, ids: Tensor) -> tuple[float, float, int]:

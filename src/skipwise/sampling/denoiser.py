@@ -1,13 +1,17 @@
-"""Running a model for a sampler: the plan is followed, the callback told, and every forward entered in the accounts."""
+"""Running models for a sampler: the plan is followed, the callback told, and every forward entered in the accounts."""
 
-from collections.abc import Callable
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
 from torch import Tensor, nn
 
 from skipwise.models import mask_token
-from skipwise.skipping import Cut, Skipping, cut_now
+from skipwise.plan import Plan
+from skipwise.sampling.others import load_others
+from skipwise.skipping import Cut, Skipping, cut_now, skip
 
 
 @dataclass(frozen=True)
@@ -25,37 +29,88 @@ class Step:
 
 
 @dataclass(frozen=True)
-class Forward:
-    """One call of the model as it happened: what was cut out of it, and how many sequences it saw."""
+class Running:
+    """What runs at a moment: a model by the name that the plan gives it, None its own; and what is cut out of that."""
 
-    cut: Cut
+    model: str | None = None
+    cut: Cut = field(default_factory=Cut)
+
+
+@dataclass(frozen=True)
+class Forward:
+    """One call of a model as it happened: what ran, and how many sequences it saw."""
+
+    running: Running
     rows: int
 
 
 @dataclass
 class Denoiser:
-    """A masked diffusion model as samplers see it. `skipping` is the plan in force, `on_step` a user's callback."""
+    """Masked diffusion models as samplers see them: one after the other, as the plan says.
+
+    model: the plan's own; plan: with the phases that name models, `skipping` what of it is in force in the plan's own
+    model; others: the models that phases name; on_step: a user's callback.
+    """
 
     model: nn.Module
     skipping: Skipping | None = None
+    plan: Plan | None = None
+    others: Mapping[str, nn.Module] = field(default_factory=dict)
     on_step: Callable[[Step], None] | None = None
     forwards: list[Forward] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        if self.plan is None and self.skipping is not None:
+            self.plan = self.skipping.plan
 
     @property
     def mask_token(self) -> int:
         """Id of the model's mask token. Raises UserError when its config has none."""
         return mask_token(self.model)
 
-    def at(self, progress: float) -> Cut:
-        """Move to the plan's phase at `progress`; returns what is cut out there, so that caches can be dropped."""
+    def at(self, progress: float) -> Running:
+        """Move to the plan's phase at `progress`; returns what runs there: what was cached of another is stale."""
+        name = self.plan.phase_at(progress).model if self.plan else None
+        if name is not None:
+            return Running(name)
         if self.skipping is not None:
             self.skipping.at(progress)
-        return cut_now(self.model)
+        return Running(None, cut_now(self.model))
+
+    def module(self, running: Running) -> nn.Module:
+        """The model that runs."""
+        return self.model if running.model is None else self.others[running.model]
 
     def __call__(self, step: Step, inputs: Tensor, attention_mask: Tensor | None = None, **others: Any) -> Tensor:
         """Logits (rows, length, vocabulary) of `inputs` (rows, length) at this step. `others` go to the model."""
-        cut = self.at(step.progress)
+        running = self.at(step.progress)
         if self.on_step is not None:
             self.on_step(step)
-        self.forwards.append(Forward(cut, len(inputs)))
-        return self.model(input_ids=inputs, attention_mask=attention_mask, **others).logits
+        self.forwards.append(Forward(running, len(inputs)))
+        return self.module(running)(input_ids=inputs, attention_mask=attention_mask, **others).logits
+
+    def border(self, progress: float) -> float:
+        """Where the phase ends that `progress` belongs to; 1 for the last one."""
+        return self.plan.phase_at(progress).until if self.plan else 1.0
+
+    def count(self) -> Counter[str | None]:
+        """Forwards so far, by the name of the model."""
+        return Counter(forward.running.model for forward in self.forwards)
+
+
+@contextmanager
+def denoising(
+    model: nn.Module,
+    plan: Plan | None = None,
+    others: Mapping[str, nn.Module] | None = None,
+    on_step: Callable[[Step], None] | None = None,
+    tokenizer: Any = None,
+) -> Iterator[Denoiser]:
+    """A denoiser that follows the plan for as long as the `with` lasts.
+
+    others: models by the names that the plan's phases give them; those not here are loaded by that name. tokenizer: the
+    model's, to be compared with theirs. Raises UserError as `skip` does, and for models that do not share their tokens.
+    """
+    found = load_others(plan, model, tokenizer, others)
+    with skip(model, plan.own_part) if plan else nullcontext() as skipping:
+        yield Denoiser(model, skipping, plan, found, on_step)

@@ -1,9 +1,9 @@
 """`generate`: decode with any language model, under a plan, and say what it took."""
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -15,9 +15,10 @@ from skipwise.examples import Size
 from skipwise.models import end_of_text, kind_of
 from skipwise.plan import Plan
 from skipwise.sampling import dream, llada, mdlm
+from skipwise.sampling.accounts import Share, account
 from skipwise.sampling.autoregressive import AutoregressiveSettings, decode_autoregressive
 from skipwise.sampling.canvas import Settings
-from skipwise.sampling.denoiser import Denoiser, Step
+from skipwise.sampling.denoiser import Denoiser, Step, denoising
 from skipwise.skipping import Cut, cut_now, skip
 
 
@@ -25,8 +26,9 @@ from skipwise.skipping import Cut, cut_now, skip
 class Statistics:
     """What a generation took. FLOPs are by formula (`skipwise.cost`), as they happened, for the whole batch.
 
-    forwards: calls of the model; block_flops: in the blocks alone; all_in_flops: head and attention included;
-    whole_all_in_flops: what the same forwards would have taken with no block skipped; seconds: measured wall-clock.
+    forwards: calls of a model; block_flops: in the blocks alone; all_in_flops: head and attention included;
+    whole_all_in_flops: what the same forwards of the plan's own model would have taken with no block skipped; seconds:
+    measured wall-clock. by_model: the share of every model that a plan's phases name, None is the plan's own.
     """
 
     forwards: int
@@ -34,6 +36,7 @@ class Statistics:
     all_in_flops: int
     whole_all_in_flops: int
     seconds: float
+    by_model: Mapping[str | None, Share] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -69,6 +72,7 @@ def generate(
     seed: int = 0,
     stop_at_eos: bool = True,
     family: str | None = None,
+    others: Mapping[str, nn.Module] | None = None,
     on_step: Callable[[Step], None] | None = None,
     **settings: Any,
 ) -> Generated:
@@ -76,7 +80,8 @@ def generate(
 
     input_ids: (batch, prompt_length), prompts of unequal length padded on the left; attention_mask: the same shape, 0
     on padding. Masks in the prompt of a diffusion model are filled too (infilling; gen_length may then be 0).
-    A plan's phases follow the trajectory. stop_at_eos: end when every row has ended; what a row says after its end of
+    A plan's phases follow the trajectory; the models that they name are loaded by that name, unless they are in
+    `others`. stop_at_eos: end when every row has ended; what a row says after its end of
     text becomes that token. Not under `compat`, as the official samplers go on.
     family: "llada", "dream" or "mdlm", the model's own by default; `settings` are those of its sampler (LLaDASettings,
     DreamSettings, MDLMSettings), for an autoregressive model those of AutoregressiveSettings; on_step is called before
@@ -96,7 +101,7 @@ def generate(
     chosen = _family(model, family)
     eos = end_of_text(model) if stop_at_eos and not settings.get("compat") else None
     resolved = chosen.settings.of({"gen_length": gen_length, "seed": seed, "eos_token_id": eos, **settings})
-    return _diffuse(model, input_ids, attention_mask, plan, chosen, resolved, on_step)
+    return _diffuse(model, input_ids, attention_mask, plan, chosen, resolved, on_step, others)
 
 
 _OF_AUTOREGRESSIVE = AutoregressiveSettings.__dataclass_fields__
@@ -158,24 +163,18 @@ def _diffuse(
     family: Family,
     settings: Settings,
     on_step: Callable[[Step], None] | None,
+    others: Mapping[str, nn.Module] | None,
 ) -> Generated:
-    prices = price_blocks(model, Size(tokens=input_ids.shape[1] + settings.gen_length))
-    with skip(model, plan) if plan else nullcontext() as skipping:
-        denoiser = Denoiser(model, skipping, on_step)
+    with denoising(model, plan, others, on_step) as denoiser:
         began = time.perf_counter()
         sequences = family.decode(denoiser, input_ids, settings, attention_mask)
         _synchronize(sequences.device)
         seconds = time.perf_counter() - began
-    ran = denoiser.forwards
+    shares = account(denoiser, input_ids.shape[1] + settings.gen_length)
+    total = sum(shares.values(), Share())
     return Generated(
         sequences,
-        Statistics(
-            forwards=len(ran),
-            block_flops=sum(f.rows * prices.of_blocks(f.cut.skipped, f.cut.linear).flops for f in ran),
-            all_in_flops=sum(f.rows * prices.forward(f.cut.skipped, f.cut.linear).flops for f in ran),
-            whole_all_in_flops=sum(forward.rows for forward in ran) * prices.forward().flops,
-            seconds=seconds,
-        ),
+        Statistics(total.forwards, total.block_flops, total.all_in_flops, total.whole_all_in_flops, seconds, shares),
     )
 
 

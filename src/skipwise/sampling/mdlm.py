@@ -13,9 +13,8 @@ import torch
 from torch import Tensor
 
 from skipwise.sampling.canvas import Canvas, Settings
-from skipwise.sampling.denoiser import Denoiser, Step
+from skipwise.sampling.denoiser import Denoiser, Running, Step
 from skipwise.sampling.noise import Noise, gumbel_argmax
-from skipwise.skipping import Cut
 
 Sampler = Literal["first_hitting", "ddpm", "ddpm_cache"]
 SAMPLERS = ("first_hitting", "ddpm", "ddpm_cache")
@@ -70,8 +69,10 @@ def sigma_of(time: Tensor) -> Tensor:
     return -torch.log1p(-(1 - NOISE_EPS) * time)
 
 
-def predict(denoiser: Denoiser, step: Step, canvas: Canvas, time: Tensor, rows: Tensor | None = None) -> Tensor:
-    """p(x0) (rows, length, vocabulary) at masked positions, in which the mask token has no part (SUBS).
+def predict(
+    denoiser: Denoiser, step: Step, canvas: Canvas, time: Tensor, where: Tensor, rows: Tensor | None = None
+) -> Tensor:
+    """p(x0) (positions, vocabulary) at the positions `where` (rows, length), in which the mask has no part (SUBS).
 
     time: of all rows (), or of each (rows,); rows: which sequences to run, all of them by default.
     """
@@ -79,11 +80,16 @@ def predict(denoiser: Denoiser, step: Step, canvas: Canvas, time: Tensor, rows: 
     if rows is not None:
         inputs, attention_mask = inputs[rows], None if attention_mask is None else attention_mask[rows]
     others = {}
-    if getattr(denoiser.model.config, "time_conditioning", False):
+    if _conditioned(denoiser, denoiser.at(step.progress)):
         others["sigma"] = sigma_of(time).float().expand(len(inputs)).to(inputs.device)
-    logits = denoiser(step, inputs, attention_mask, **others).float()
+    logits = denoiser(step, inputs, attention_mask, **others)[where].float()
     logits[..., canvas.mask] = -torch.inf
     return (logits - logits.logsumexp(-1, keepdim=True)).exp()  # the official arithmetic of a softmax
+
+
+def _conditioned(denoiser: Denoiser, running: Running) -> bool:
+    """Whether the model that runs is told the time."""
+    return getattr(denoiser.module(running).config, "time_conditioning", False)
 
 
 class _Ancestral:
@@ -95,7 +101,7 @@ class _Ancestral:
         device = canvas.sequences.device
         self.generator = torch.Generator(device).manual_seed(settings.seed)
         self.noise = Noise(settings.seed, canvas)
-        self._cached: tuple[Cut, Tensor] | None = None
+        self._cached: tuple[Running, Tensor] | None = None
 
     def fill(self) -> None:
         """Fill the canvas."""
@@ -111,18 +117,19 @@ class _Ancestral:
                 return
         self._cached = None
         best = self._predict(self.steps - 1, times[-1]).argmax(-1)
-        self.canvas.sequences[self.canvas.masked] = best[self.canvas.masked]
+        self.canvas.sequences[self.canvas.masked] = best
 
     def _predict(self, index: int, time: Tensor) -> Tensor:
-        """p(x0), from the last forward where that is allowed: same tokens, same blocks, a model not told the time."""
+        """p(x0) at all masks, from the last forward where that is allowed: the same tokens, the same model with the
+        same blocks, and not told the time.
+        """
         step = self.canvas.step(index, self.steps)
-        cut = self.denoiser.at(step.progress)
-        if self._cached is not None and self._cached[0] == cut:
+        running = self.denoiser.at(step.progress)
+        if self._cached is not None and self._cached[0] == running:
             return self._cached[1]
-        probabilities = predict(self.denoiser, step, self.canvas, time)
-        conditioned = getattr(self.denoiser.model.config, "time_conditioning", False)
-        if self.settings.sampler == "ddpm_cache" and not conditioned:
-            self._cached = cut, probabilities
+        probabilities = predict(self.denoiser, step, self.canvas, time, self.canvas.masked)
+        if self.settings.sampler == "ddpm_cache" and not _conditioned(self.denoiser, running):
+            self._cached = running, probabilities
         return probabilities
 
     def _advance(self, index: int, probabilities: Tensor, time: Tensor, dt: float) -> None:
@@ -131,17 +138,18 @@ class _Ancestral:
             masked_now, masked_then = time, time - dt
         else:
             masked_now, masked_then = (1 - (-sigma_of(t)).exp() for t in (time, time - dt))
+        masked = self.canvas.masked
         posterior = probabilities * (masked_now - masked_then)
         posterior[..., self.canvas.mask] = masked_then
         if self.settings.compat:
-            uniform = torch.rand(posterior.shape, generator=self.generator, device=posterior.device)
+            whole = (*masked.shape, posterior.shape[-1])  # the official code draws for every position
+            uniform = torch.rand(whole, generator=self.generator, device=posterior.device)[masked]
             drawn = (posterior / (1e-10 - (uniform + 1e-10).log())).argmax(-1)
         else:
-            draws = [index] * len(posterior)
-            uniform = self.noise.uniform(draws, posterior.shape[2], dtype=self.settings.dtype)
+            draws = [index] * len(masked)
+            uniform = self.noise.uniform(draws, posterior.shape[-1], dtype=self.settings.dtype)[masked]
             drawn = gumbel_argmax(posterior.to(uniform.dtype), uniform)
-        masked = self.canvas.masked
-        self.canvas.sequences[masked] = drawn[masked]
+        self.canvas.sequences[masked] = drawn
 
 
 class _FirstHitting:
@@ -162,25 +170,20 @@ class _FirstHitting:
         while bool(self.canvas.masked.any()):
             due = self.lifted.masked_fill(~self.canvas.masked, torch.inf).amin(1)  # each row's next event
             earliest = float(due.min())
-            rows = (due < self._border(earliest)).nonzero()[:, 0]
+            border = self.denoiser.border(min(earliest, 1.0))
+            rows = (due < (border if border < 1.0 else torch.inf)).nonzero()[:, 0]
             step = self.canvas.step(len(self.denoiser.forwards), total, min(earliest, 1.0))
             self._lift(step, rows, due[rows])
             if self.canvas.finished(self.settings.eos_token_id):
                 return
 
-    def _border(self, progress: float) -> float:
-        """Where the phase ends that `progress` belongs to; infinity for the last one."""
-        plan = self.denoiser.skipping.plan if self.denoiser.skipping else None
-        border = plan.phase_at(progress).until if plan else 1.0
-        return border if border < 1.0 else torch.inf
-
     def _lift(self, step: Step, rows: Tensor, due: Tensor) -> None:
-        probabilities = predict(self.denoiser, step, self.canvas, (1 - due).clamp_min(LAST_TIME), rows)
-        masks = self.canvas.left
-        left = [masks[row] for row in rows.tolist()]  # numbers a row's draws: it falls with every event
-        words = probabilities.shape[2]
-        uniform = self.noise.uniform(left, words, rows=rows.tolist(), dtype=self.settings.dtype)
-        drawn = gumbel_argmax(probabilities.to(uniform.dtype), uniform)
-        drawn = torch.where(due[:, None] < 1, drawn, probabilities.argmax(-1))  # the official end of sampling
+        """One forward of these rows, each at its own next event, at `due` (rows,)."""
         now = self.canvas.masked[rows] & (self.lifted[rows] == due[:, None])
-        self.canvas.sequences[rows] = torch.where(now, drawn, self.canvas.sequences[rows])
+        time = (1 - due).clamp_min(LAST_TIME)
+        probabilities = predict(self.denoiser, step, self.canvas, time, now, rows)
+        uniform = self.noise.at(now, rows, probabilities.shape[1], self.settings.dtype)
+        drawn = gumbel_argmax(probabilities.to(uniform.dtype), uniform)
+        in_time = (due < 1)[:, None].expand_as(now)[now]
+        drawn = torch.where(in_time, drawn, probabilities.argmax(-1))  # the official end of sampling
+        self.canvas.sequences[rows] = self.canvas.sequences[rows].masked_scatter(now, drawn)
