@@ -12,26 +12,6 @@ import skipwise as sw
 from skipwise import cli
 from skipwise.zoo.tasks import TASKS
 
-
-def run(
-    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, *arguments: object
-) -> tuple[int, str, str]:
-    """(exit code, stdout, stderr) of `skipwise ARGUMENTS`."""
-    monkeypatch.setattr(sys, "argv", ["skipwise", *map(str, arguments)])
-    code = 0
-    try:
-        cli.main()
-    except SystemExit as ended:
-        code = int(ended.code or 0)
-    captured = capsys.readouterr()
-    return code, captured.out, captured.err
-
-
-@pytest.fixture
-def skipwise(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch):  # type: ignore[no-untyped-def]
-    return lambda *arguments: run(capsys, monkeypatch, *arguments)
-
-
 COMMANDS = ("inspect", "analyze", "plan", "heal", "generate", "eval", "lm-eval", "export", "report", "demo")
 
 
