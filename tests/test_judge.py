@@ -221,15 +221,22 @@ def test_diversity_by_hand() -> None:
         distinct([1], 0)
 
 
-SETTINGS = [{}, {"sampler": "ddpm_cache", "noise_dtype": "float32"}]
+SAMPLERS: list[tuple[str, dict[str, Any]]] = [
+    ("mdlm", {}),
+    ("mdlm", {"sampler": "ddpm_cache", "noise_dtype": "float32"}),
+    ("mdlm", {"compat": "mdlm"}),
+    ("llada", {"remasking": "random"}),
+    ("dream", {}),
+]
 
 
-@pytest.mark.parametrize("settings", SETTINGS)
+@pytest.mark.parametrize(("family", "settings"), SAMPLERS)
 @pytest.mark.parametrize("prefixes", [(), ("12+3=", "9", "a45")])
 def test_a_sample_is_its_seed_whatever_the_batch(
-    writer: tuple[Any, Any], digits: str, settings: dict[str, str], prefixes: tuple[str, ...]
+    writer: tuple[Any, Any], family: str, settings: dict[str, Any], prefixes: tuple[str, ...]
 ) -> None:
-    task = Writing(judge=digits, samples=7, length=8, steps=6, batch_size=7, prefixes=prefixes, settings=settings)
+    written: dict[str, Any] = {"family": family, "settings": settings, "prefixes": prefixes, "length": 8, "steps": 6}
+    task = Writing(judge="nobody", samples=7, batch_size=7, **written)
     ids = task.write(Denoiser(writer[0]), writer[1])
     assert ids.shape == (7, 8)
     assert len({tuple(row) for row in ids.tolist()}) == 7

@@ -63,6 +63,7 @@ def command(
         settings=given,
         end_of_text=end_of_text,
     )
+    writing.judge_for(network)  # a mistake in its name is found before anything is written, and its loading not timed
     with progress_bar() as tell:
         result = evaluate(
             network,
@@ -75,7 +76,7 @@ def command(
         )
     console.print(writing_table(result))
     for fact in facts_of(result):
-        console.print(fact, highlight=False, markup=False)
+        console.print(fact, highlight=False, markup=False, soft_wrap=True)
     console.print(f"written to {result.save(output)}", highlight=False)
     if show:
         _show(network, tokenizer, replace(writing, samples=min(show, samples)), [None, *plans])
@@ -97,5 +98,4 @@ def _show(model: Any, tokenizer: Any, writing: Writing, plans: Iterable[Plan | N
             ids = writing.write(denoiser, tokenizer)
         console.print(f"\n[bold]{plan.method if plan else 'whole model'}[/bold]")
         for number, text in enumerate(writing.texts(ids, tokenizer)):
-            prefix = writing.prefix(number)
-            console.print(f"{number}: {prefix}{text}", highlight=False, markup=False)
+            console.print(f"{number}: {writing.prefix(number)}{text}", highlight=False, markup=False, soft_wrap=True)

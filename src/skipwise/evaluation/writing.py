@@ -48,7 +48,8 @@ class Writing:
     the stream on: sample i is drawn under seed + i, whatever the batch is. length: new tokens of a sample; steps: of
     denoising, the family's default when left out. prefixes: texts that samples continue, one after the other; prefixes
     stay and are not scored; without any, samples begin from nothing but masks (an autoregressive model: from its
-    begin-of-text token). family: of the sampler, see `family_of`; settings: its other settings, such as sampler or
+    begin-of-text token). To a model of relative positions all masks are alike then, so that a sampler that goes by
+    confidence alone leaves their order to rounding, which batches do change. family: of the sampler, see `family_of`; settings: its other settings, such as sampler or
     noise_dtype of MDLM's; temperature is 1 where the family has one. end_of_text: a rule of `RULES`.
     Raises UserError for settings that the family does not take.
     """
@@ -102,7 +103,7 @@ class Writing:
             "length": self.length,
             "steps": self._steps(resolved),
             "prefixes": len(self.prefixes),
-            "prefixes_sha256": hashlib.sha256(json.dumps(self.prefixes).encode()).hexdigest(),
+            "prefixes_sha256": _fingerprint(self.prefixes),
             "settings": {key: value for key, value in others.items() if isinstance(value, str | int | float)},
         }
 
@@ -111,9 +112,12 @@ class Writing:
 
         Raises UserError, before anything is written, for a judge that is none.
         """
-        device = str(next(denoiser.model.parameters()).device)
-        Judge.load(self.judge, device, self.judge_dtype)
-        return self.score(self.write(denoiser, tokenizer), tokenizer, device)
+        judge = self.judge_for(denoiser.model)
+        return self.score(self.write(denoiser, tokenizer), tokenizer, judge)
+
+    def judge_for(self, model: nn.Module) -> Judge:
+        """The judge, on the device of the model that writes."""
+        return Judge.load(self.judge, str(next(model.parameters()).device), self.judge_dtype)
 
     def write(self, denoiser: Denoiser, tokenizer: Any) -> Tensor:
         """(samples, length): new tokens, on the CPU, nothing dropped; an autoregressive model's filled up with ends."""
@@ -138,13 +142,13 @@ class Writing:
         prompts = (self._prompt(tokenizer, number) for number in range(self.first, self.first + len(ids)))
         return [self._text(tokenizer, prompt, new) for prompt, new in zip(prompts, said, strict=True)]
 
-    def score(self, ids: Tensor, tokenizer: Any, device: str | None = None) -> list[Measured]:
-        """The metrics of `run` of samples `ids` (samples, length), as `write` gives them. device: of the judge.
+    def score(self, ids: Tensor, tokenizer: Any, judge: Judge | None = None) -> list[Measured]:
+        """The metrics of `run` of samples `ids` (samples, length), as `write` gives them. judge: `judge_for` a model.
 
         A sample that holds no text has next to no weight in the perplexity; where there is nothing but such samples,
         the perplexity is that of guessing, the size of the judge's vocabulary.
         """
-        judge = Judge.load(self.judge, device, self.judge_dtype)
+        judge = judge or Judge.load(self.judge, dtype=self.judge_dtype)
         texts, said = self.texts(ids, tokenizer), self._said(ids, tokenizer)
         prefixes = [self.prefix(self.first + i) for i in range(len(ids))]
         nll, tokens = judge.score(texts, prefixes, self.end_of_text)
@@ -245,6 +249,10 @@ def _beginning(tokenizer: Any) -> list[int]:
         if token is not None:
             return [token]
     raise UserError("The tokenizer has no token to begin a text with; give prefixes to continue.")
+
+
+def _fingerprint(prefixes: Sequence[str]) -> str | None:
+    return hashlib.sha256(json.dumps(prefixes).encode()).hexdigest() if prefixes else None
 
 
 def _sampler(settings: Settings | AutoregressiveSettings) -> str:

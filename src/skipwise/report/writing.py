@@ -3,20 +3,21 @@
 from rich import box
 from rich.table import Table
 
-from skipwise.evaluation.result import Interval, Result, Score
+from skipwise.evaluation.result import Result, Score
 
 COLUMNS = {
     "generative perplexity": "generative\nperplexity",
     "token entropy": "token entropy,\nnats",
     "distinct-2": "distinct-2",
-    "tokens scored": "tokens scored\na sample",
+    "tokens scored": "tokens\nscored",
 }
 
 
 def writing_table(result: Result, task: str = "writing") -> Table:
-    """One row a plan in the order of the result; every score with its 95% bootstrap interval over samples."""
-    shown = Table(title=f"{result.name}: {task}", box=box.SIMPLE_HEAD, pad_edge=False, title_justify="left")
-    for column in ("plan", "k", "FLOPs saved, %\nblock/all-in", *COLUMNS.values(), "seconds"):
+    """One row a plan in the order of the result; scores with their intervals. Seconds include the judge's reading."""
+    title = f"{result.name}: {task}, with 95% bootstrap intervals over samples"
+    shown = Table(title=title, box=box.SIMPLE_HEAD, pad_edge=False, title_justify="left")
+    for column in ("plan", "k", "% FLOPs saved\nblock/all-in", *COLUMNS.values(), "seconds"):
         shown.add_column(column, justify="left" if column == "plan" else "right", no_wrap=True)
     for row in result.rows:
         saved = f"{100 * row.saved_block_flops:.2f}/{100 * row.saved_all_in_flops:.2f}" if row.plan else "-"
@@ -32,8 +33,10 @@ def facts_of(result: Result, task: str = "writing") -> list[str]:
 
 
 def _value(score: Score) -> str:
-    return f"{score.value.value:.4g}\n{_range(score.value)}"
+    interval = score.value
+    return f"{interval.value:.4g}\n{_short(interval.low)} to {_short(interval.high)}"
 
 
-def _range(interval: Interval) -> str:
-    return f"({interval.low:.4g} to {interval.high:.4g})"
+def _short(number: float) -> str:
+    """Three digits, and all that stand before the point."""
+    return f"{number:.0f}" if number >= 100 else f"{number:.3g}"
