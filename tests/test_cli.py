@@ -32,7 +32,7 @@ def skipwise(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
     return lambda *arguments: run(capsys, monkeypatch, *arguments)
 
 
-COMMANDS = ("inspect", "analyze", "plan", "heal", "generate", "eval", "lm-eval", "export", "report", "demo")
+COMMANDS = ("inspect", "analyze", "plan", "heal", "generate", "eval", "judge", "lm-eval", "export", "report", "demo")
 
 
 def test_a_plan_with_all_that_travels_with_it(skipwise, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]

@@ -49,8 +49,9 @@ class Writing:
     denoising, the family's default when left out. prefixes: texts that samples continue, one after the other; prefixes
     stay and are not scored; without any, samples begin from nothing but masks (an autoregressive model: from its
     begin-of-text token). To a model of relative positions all masks are alike then, so that a sampler that goes by
-    confidence alone leaves their order to rounding, which batches do change. family: of the sampler, see `family_of`; settings: its other settings, such as sampler or
-    noise_dtype of MDLM's; temperature is 1 where the family has one. end_of_text: a rule of `RULES`.
+    confidence alone leaves their order to rounding, which batches do change. family: of the sampler, see `family_of`;
+    settings: its other settings, such as sampler or noise_dtype of MDLM's; temperature is 1 where the family has one.
+    end_of_text: a rule of `RULES`.
     Raises UserError for settings that the family does not take.
     """
 
