@@ -74,9 +74,18 @@ def command(
 
 def _table(importance: Importance) -> Table:
     """One row a bin, in the order of sampling, in nats a masked token."""
-    title = f"{importance.describe()}: nats a masked token on {importance.texts} texts, 95% bands; sampling runs down"
+    title = (
+        f"{importance.describe()}\nnats a masked token on {importance.texts} texts, 95% bands; sampling runs downwards"
+    )
     shown = Table(title=title, box=box.SIMPLE_HEAD, pad_edge=False, title_justify="left")
-    for column in ("noise level t", "loss, heavy", "loss, light", "KL(heavy || light)", "KL(light || heavy)", "share"):
+    for column in (
+        "noise level t",
+        "loss, heavy",
+        "loss, light",
+        "KL(heavy || light)",
+        "KL(light || heavy)",
+        "share of KL",
+    ):
         shown.add_column(column, justify="right", no_wrap=True)
     n, curves = importance.bins, importance.token
     for i in reversed(range(n)):

@@ -23,8 +23,7 @@ equal dt are spent on equal intervals of t, and each commits as many tokens as a
 
 import datetime
 import json
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, Self
 
@@ -41,9 +40,10 @@ from skipwise.evaluation.result import Interval
 from skipwise.files import write_atomically
 from skipwise.models import kind_of, mask_token
 from skipwise.plan import ModelShape, Plan
-from skipwise.sampling.mdlm import NOISE_EPS, sigma_of
+from skipwise.sampling.denoiser import denoising
+from skipwise.sampling.mdlm import sigma_of
+from skipwise.sampling.others import check_alike, load_others
 from skipwise.scheduling.readings import Reading, batches, stratified_readings
-from skipwise.skipping import skip
 from skipwise.versions import versions
 
 FORMAT = "skipwise-importance/1"
@@ -183,6 +183,7 @@ def measure_importance(
     texts: Sequence[Text],
     *,
     plan: Plan | None = None,
+    others: Mapping[str, nn.Module] | None = None,
     light_tokenizer: Any = None,
     bins: int = 24,
     max_tokens: int | None = None,
@@ -194,19 +195,21 @@ def measure_importance(
     """Loss of two masked diffusion models and KL between them, by noise level, on the same noised texts.
 
     light: another model; or None, with a plan of the heavy one, which then is the light model (at noise level t, the
-    plan's phase at progress 1 - t). texts: held-out ones, or (prompt, answer) pairs, of which the prompt is never
-    masked; each is read once in each of `bins` bins of noise levels. max_tokens: texts are cut to this length, by
-    default the models' own, but 512 at most. batch_size: readings a forward; it changes no result beyond rounding.
-    light_tokenizer: given to have it compared with `tokenizer`. names: of the two models. Models are taken as they are,
-    so a plan in force around this call counts for both.
+    plan's phase at progress 1 - t). others: models that the plan's phases name; those not here are loaded. texts:
+    held-out ones, or (prompt, answer) pairs, of which the prompt is never masked; each is read once in each of `bins`
+    bins of noise levels. max_tokens: texts are cut to this length, by default the models' own, but 512 at most.
+    light_tokenizer: given to have it compared with `tokenizer`. batch_size: readings a forward; it changes no result
+    beyond rounding. names: of the two models. on_progress(done, total) counts batches.
 
-    on_progress(done, total) counts forwards of both models.
+    Models are taken as they are, so a plan in force around this call counts for both.
     Raises UserError for models that are not masked diffusion models or do not share vocabulary, mask token and
     tokenizer, for a plan of another model, and when no text has two tokens.
     """
     lighter = _check_request(heavy, light, plan, bins, batch_size)
-    _check_pair(heavy, lighter, tokenizer, light_tokenizer)
-    length = max_tokens or min(512, *(_longest(model) for model in (heavy, lighter)))
+    own = names or (type(heavy).__name__, type(lighter).__name__)
+    _check_pair(heavy, lighter, own, tokenizer, light_tokenizer)
+    others = load_others(plan, heavy, tokenizer, others)
+    length = max_tokens or min(512, *(_longest(model) for model in (heavy, lighter, *others.values())))
     # a plain text is all answer: nothing of it is given but what the tokenizer puts in front
     samples = tokenize(tokenizer, [("", text) if isinstance(text, str) else text for text in texts], length)
     _check_clean(samples, mask_token(heavy))
@@ -215,16 +218,15 @@ def measure_importance(
     chances = np.zeros((len(samples), bins))
     for done, batch in enumerate(work):
         where = [reading.text for reading in batch], [reading.bin for reading in batch]
-        values[:, *where] = _compare(heavy, lighter, plan, batch).T
-        chances[where] = [(1 - NOISE_EPS) * reading.level for reading in batch]
+        values[:, *where] = _compare(heavy, lighter, plan, others, batch).T
+        chances[where] = [reading.chance for reading in batch]
         if on_progress:
             on_progress(done + 1, len(work))
     _check_finite(values)
     first = next(heavy.parameters())
-    own = (type(heavy).__name__, type(lighter).__name__)
     return Importance(
-        heavy=(names or own)[0],
-        light=(names or own)[1],
+        heavy=own[0],
+        light=own[1],
         plan=plan,
         models=(find_contract(heavy).shape, find_contract(lighter).shape),
         **_averages(values, chances, seed),
@@ -272,13 +274,21 @@ def _thirds(kl: np.ndarray, counts: np.ndarray) -> tuple[Interval, ...]:
 
 
 @torch.no_grad()
-def _compare(heavy: nn.Module, light: nn.Module, plan: Plan | None, batch: Sequence[Reading]) -> np.ndarray:
+def _compare(
+    heavy: nn.Module,
+    light: nn.Module,
+    plan: Plan | None,
+    others: Mapping[str, nn.Module],
+    batch: Sequence[Reading],
+) -> np.ndarray:
     """(readings, 4): heavy loss, light loss, KL(heavy || light), KL(light || heavy), means over masked positions."""
     clean = torch.tensor([reading.sample.ids for reading in batch])
     masked = torch.stack([reading.masked for reading in batch])
     levels = torch.tensor([reading.level for reading in batch])
     ours = _log_probabilities(heavy, clean, masked, levels)
-    with _under(light, plan, batch[0].progress) as lighter:
+    # the plan is entered anew every time, as the heavy model, which runs without it, may be the same object
+    with denoising(light, plan, others) as denoiser:
+        lighter = denoiser.module(denoiser.at(batch[0].progress))
         theirs = _log_probabilities(lighter, clean, masked, levels).to(ours.device)
     truth = clean[masked].to(ours.device)[:, None]
     losses = [-found.gather(1, truth)[:, 0] for found in (ours, theirs)]
@@ -296,17 +306,6 @@ def _log_probabilities(model: nn.Module, clean: Tensor, masked: Tensor, levels: 
     logits = model(input_ids=clean.masked_fill(masked, mask).to(device), **others).logits[masked.to(device)].float()
     logits[:, mask] = NEVER
     return logits.log_softmax(-1)
-
-
-@contextmanager
-def _under(model: nn.Module, plan: Plan | None, progress: float) -> Iterator[nn.Module]:
-    """The light model as it is at this progress. Entered anew every time, as the heavy model may be the same object."""
-    if plan is None:
-        yield model
-        return
-    with skip(model, plan) as skipping:
-        skipping.at(progress)
-        yield model
 
 
 def _longest(model: nn.Module) -> int:
@@ -329,25 +328,18 @@ def _check_request(
     return heavy if light is None else light
 
 
-def _check_pair(heavy: nn.Module, light: nn.Module, tokenizer: Any, light_tokenizer: Any) -> None:
+def _check_pair(
+    heavy: nn.Module, light: nn.Module, names: tuple[str, str], tokenizer: Any, light_tokenizer: Any
+) -> None:
     """Raise UserError unless both are masked diffusion models over the same tokens."""
-    for model in (heavy, light):
-        if kind_of(model) != "masked diffusion":
-            raise UserError(
-                f"{type(model).__name__} is no masked diffusion model ({kind_of(model)}), so it has no noise levels; "
-                "give models such as tiny-dllm, LLaDA, Dream or MDLM."
-            )
+    if kind_of(heavy) != "masked diffusion":
+        raise UserError(
+            f"{names[0]} is a {type(heavy).__name__} ({kind_of(heavy)}), so it has no noise levels; "
+            "give a masked diffusion model, such as tiny-dllm."
+        )
     if tokenizer is None:
-        raise UserError("Step importance needs a tokenizer, and this model came without one; add its tokenizer files.")
-    sizes = [getattr(model.config, "vocab_size", None) for model in (heavy, light)]
-    masks = [mask_token(model) for model in (heavy, light)]
-    for what, (ours, theirs) in (("vocabulary", sizes), ("mask token", masks)):
-        if ours != theirs:
-            raise UserError(
-                f"The models' {what} differs: {ours} in the heavy, {theirs} in the light one; use two of one tokenizer."
-            )
-    if light_tokenizer is not None and light_tokenizer.get_vocab() != tokenizer.get_vocab():
-        raise UserError("The tokenizers of the two models differ, so a token id means two things; use two of one.")
+        raise UserError(f"{names[0]} came without a tokenizer, which step importance needs; add its tokenizer files.")
+    check_alike(heavy, light, names[1], tokenizer, light_tokenizer)
 
 
 def _check_clean(samples: Sequence[Sample], mask: int) -> None:

@@ -27,6 +27,16 @@ class Reading:
         """Where on the trajectory this is, 0 = all noise, 1 = done."""
         return 1.0 - self.level
 
+    @property
+    def chance(self) -> float:
+        """The chance that a token is masked at this level, by MDLM's log-linear schedule."""
+        return mask_chance(self.level)
+
+
+def mask_chance(level: float) -> float:
+    """(1 - 1e-3) t: the log-linear schedule of MDLM, in which the clean text is never gone altogether."""
+    return (1 - NOISE_EPS) * level
+
 
 def stratified_readings(samples: Sequence[Sample], bins: int, seed: int) -> list[Reading]:
     """Every text once in each of `bins` equal bins of noise levels over (0, 1); inside a bin levels are spread evenly.
@@ -51,7 +61,7 @@ def stratified_readings(samples: Sequence[Sample], bins: int, seed: int) -> list
 
 def _masked(sample: Sample, level: float, generator: torch.Generator) -> Tensor:
     free = len(sample.ids) - sample.prompt
-    hit = torch.rand(free, generator=generator) < (1 - NOISE_EPS) * level
+    hit = torch.rand(free, generator=generator) < mask_chance(level)
     hit[torch.randint(free, (), generator=generator)] = True
     return torch.cat([torch.zeros(sample.prompt, dtype=torch.bool), hit])
 
