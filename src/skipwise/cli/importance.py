@@ -78,22 +78,15 @@ def _table(importance: Importance) -> Table:
         f"{importance.describe()}\nnats a masked token on {importance.texts} texts, 95% bands; sampling runs downwards"
     )
     shown = Table(title=title, box=box.SIMPLE_HEAD, pad_edge=False, title_justify="left")
-    for column in (
-        "noise level t",
-        "loss, heavy",
-        "loss, light",
-        "KL(heavy || light)",
-        "KL(light || heavy)",
-        "share of KL",
-    ):
+    losses = ("loss,\nheavy", "loss,\nlight")
+    for column in ("noise level t", *losses, "KL(heavy || light)", "KL(light || heavy)", "share\nof KL"):
         shown.add_column(column, justify="right", no_wrap=True)
     n, curves = importance.bins, importance.token
     for i in reversed(range(n)):
-        share = f"{100 * importance.share(1 - (i + 1) / n, 1 - i / n):.1f}%"
-        losses = (f"{points[i].value:.3f}" for points in (curves.heavy_loss, curves.light_loss))
-        shown.add_row(
-            f"{(i + 1) / n:.3f} to {i / n:.3f}", *losses, _band(curves.kl[i]), _band(curves.reverse_kl[i]), share
-        )
+        found = (f"{points[i].value:.3f}" for points in (curves.heavy_loss, curves.light_loss))
+        kls = (_band(points[i]) for points in (curves.kl, curves.reverse_kl))
+        share = importance.share(1 - (i + 1) / n, 1 - i / n)
+        shown.add_row(f"{(i + 1) / n:.3f} to {i / n:.3f}", *found, *kls, f"{100 * share:.1f}%")
     return shown
 
 
