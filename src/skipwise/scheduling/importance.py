@@ -42,7 +42,7 @@ from skipwise.models import kind_of, mask_token
 from skipwise.plan import ModelShape, Plan
 from skipwise.sampling.denoiser import denoising
 from skipwise.sampling.mdlm import sigma_of
-from skipwise.sampling.others import check_alike, load_others
+from skipwise.sampling.others import check_tokens, load_others
 from skipwise.scheduling.readings import Reading, batches, stratified_readings
 from skipwise.versions import versions
 
@@ -288,7 +288,7 @@ def _compare(
     ours = _log_probabilities(heavy, clean, masked, levels)
     # the plan is entered anew every time, as the heavy model, which runs without it, may be the same object
     with denoising(light, plan, others) as denoiser:
-        lighter = denoiser.module(denoiser.at(batch[0].progress))
+        lighter = denoiser.named(denoiser.at(batch[0].progress).model)
         theirs = _log_probabilities(lighter, clean, masked, levels).to(ours.device)
     truth = clean[masked].to(ours.device)[:, None]
     losses = [-found.gather(1, truth)[:, 0] for found in (ours, theirs)]
@@ -339,7 +339,7 @@ def _check_pair(
         )
     if tokenizer is None:
         raise UserError(f"{names[0]} came without a tokenizer, which step importance needs; add its tokenizer files.")
-    check_alike(heavy, light, names[1], tokenizer, light_tokenizer)
+    check_tokens(heavy, light, names[1], tokenizer, light_tokenizer)
 
 
 def _check_clean(samples: Sequence[Sample], mask: int) -> None:
