@@ -237,6 +237,10 @@ def test_the_cost_of_a_schedule_is_the_sum_of_its_light_segments(measured: Impor
     assert sum(thirds) == pytest.approx(1)
     assert [third.value for third in measured.thirds] == pytest.approx(thirds)
     assert all(third.low <= third.value <= third.high for third in measured.thirds)
+    for curve in CURVES:
+        whole = measured.totals[curve]
+        assert whole.value == pytest.approx(measured.total(curve=curve))
+        assert whole.low < whole.value < whole.high
 
 
 def test_bands() -> None:
@@ -381,6 +385,7 @@ def test_command(skipwise: Any, tmp_path: Path) -> None:  # noqa: F811
     shares = f"{100 * found.thirds[0].value:.1f}%"
     assert f"early third {shares}" in " ".join(out.split())
     assert "late third 0.0%" in " ".join(out.split())
+    assert f"the loss rises by {found.totals['loss_gap'].value:.4f}" in " ".join(out.split())
     assert (tmp_path / "out" / "importance.svg").read_bytes() == found.plot(tmp_path / "again.svg").read_bytes()
     (tmp_path / "texts.txt").write_text("s3141592=\nr3141592=\n")
     both = ["--light", "tiny-dllm", "--texts", tmp_path / "texts.txt", "--max-tokens", 4, "--bins", 1]

@@ -68,7 +68,7 @@ def command(
     importance.plot(output / "importance.svg")
     written = importance.save(output / "importance.json")
     console.print(_table(importance))
-    console.print(_thirds(importance), highlight=False)
+    console.print(_summary(importance), highlight=False)
     console.print(f"written to {written} and importance.svg beside it", highlight=False)
 
 
@@ -94,10 +94,14 @@ def _band(point: Interval) -> str:
     return f"{point.value:.4f} ({point.low:.4f} to {point.high:.4f})"
 
 
-def _thirds(importance: Importance) -> str:
-    """`share of the KL (0.123 nats a token in all): early third 20.1% (18 to 22), ...`."""
+def _summary(importance: Importance) -> str:
+    """What a light model costs all along the trajectory, and in which third the models are apart."""
+    gap, kl = (importance.totals[curve] for curve in ("loss_gap", "kl"))
     parts = [
         f"{name} third {100 * third.value:.1f}% ({100 * third.low:.1f} to {100 * third.high:.1f})"
         for name, third in zip(THIRDS, importance.thirds, strict=True)
     ]
-    return f"share of the KL, {importance.total():.4f} nats a token in all: {', '.join(parts)}"
+    return (
+        f"all light: the loss rises by {_band(gap)} nats a token, KL(heavy || light) is {_band(kl)}\n"
+        f"share of the KL: {', '.join(parts)}"
+    )

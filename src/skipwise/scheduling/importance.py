@@ -76,8 +76,9 @@ class Curves(_Frozen):
 class Importance(_Frozen):
     """How far the light model is from the heavy one at every noise level; see the module for what is averaged.
 
-    Noise levels are cut into equal bins over (0, 1). `plan` is what the light model runs under, if any. `thirds` are
-    shares of the whole KL a token that the early, middle and late third of the trajectory have.
+    Noise levels are cut into equal bins over (0, 1). `plan` is what the light model runs under, if any. `totals` are
+    the integrals of the `token` curves over the whole trajectory, with their intervals; `thirds` the shares of that of
+    the KL which the early, middle and late third have.
     """
 
     format: Literal["skipwise-importance/1"] = "skipwise-importance/1"
@@ -87,6 +88,7 @@ class Importance(_Frozen):
     models: tuple[ModelShape, ModelShape]
     token: Curves
     step: Curves
+    totals: dict[Curve, Interval]
     thirds: tuple[Interval, Interval, Interval]
     texts: int
     calibration: dict[str, Any]
@@ -254,7 +256,8 @@ def _averages(values: np.ndarray, chances: np.ndarray, seed: int) -> dict[str, A
         view: Curves(**{name: _bands(array, counts) for name, array in arrays.items()})
         for view, arrays in views.items()
     }
-    return {**curves, "thirds": _thirds(kl, counts)}
+    totals = {name: interval(float(a.mean()), counts @ a.mean(1)) for name, a in of_texts.items()}
+    return {**curves, "totals": totals, "thirds": _thirds(kl, counts)}
 
 
 def _bands(array: np.ndarray, counts: np.ndarray) -> tuple[Interval, ...]:
