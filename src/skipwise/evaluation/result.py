@@ -33,6 +33,7 @@ class Score(_Frozen):
     `retention` is the score under the plan over the score without one, on the same examples; of a perplexity the other
     way round. `outcomes` of a metric
     that is right or wrong: "1" or "0" for every example in order, so that any two rows can be compared in pairs.
+    `parts` of a task's first metric that is not: numerator and denominator of every example, for the same purpose.
     """
 
     metric: str
@@ -40,6 +41,7 @@ class Score(_Frozen):
     examples: int
     retention: Interval | None = None
     outcomes: str | None = None
+    parts: tuple[tuple[float, float], ...] | None = None
 
     @property
     def is_fraction(self) -> bool:
