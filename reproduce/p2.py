@@ -1,10 +1,10 @@
 """Paper 2 at the scale we have: one pair of a heavy and a light model, or one model of exact tasks, as Results.
 
     python reproduce/p2.py text tiny-text tiny-text-light --label tiny-text-0 --output runs/p2
-    python reproduce/p2.py tasks tiny-dllm tiny-dllm-lighter tiny-dllm-light --label tiny-dllm-0 --output runs/p2
+    python reproduce/p2.py tasks tiny-dllm tiny-dllm-light --label tiny-dllm-0 --output runs/p2
 
 text: step importance, the paper's placements at 25% light steps, continuations of held-out prefixes, and the front of
-schedules of every kind, judged by SmolLM2. tasks: the same front in exact match, and the light models' own schedules.
+schedules of every kind, judged by SmolLM2. tasks: the same front in exact match, and the light model's own schedules.
 Plans are chosen on the calibration split; scores are on the test split. The page is made by reproduce/p2_page.py.
 """
 
@@ -34,13 +34,13 @@ ALL_LIGHT = "all light"
 
 
 class Study:
-    """A heavy model, light ones beside it, and where their Results go."""
+    """A heavy model, a light one beside it, and where their Results go."""
 
-    def __init__(self, heavy: str, lights: Sequence[str], label: str, output: Path, quick: bool):
+    def __init__(self, heavy: str, light: str, label: str, output: Path, quick: bool):
         self.model, self.tokenizer = sw.load(heavy)
         self.shape = sw.find_contract(self.model).shape
-        # plans call the light models so whatever folder they came from
-        self.lights = {Path(light).name.removesuffix(label[-2:]): sw.load(light)[0] for light in lights}
+        self.light = Path(light).name.removesuffix(label[-2:])  # plans call it so, whatever folder it came from
+        self.others = {self.light: sw.load(light)[0]}
         self.label, self.output, self.quick = label, output, quick
 
     def save(self, what: str, result: sw.Result) -> None:
@@ -48,12 +48,10 @@ class Study:
         rows = tuple(row.model_copy(update={"plan": _bare(row.plan)}) for row in result.rows)
         result.model_copy(update={"rows": rows}).save(self.output / f"{self.label}.{what}.json")
 
-    def placed(self, light: str, placement: str, share: float) -> sw.Plan:
-        """A schedule of a light model, named by it where there are several."""
-        name = ALL_LIGHT if share == 1 else placement
-        return _named(
-            schedule(self.shape, light, placement, share), f"{light} {name}" if len(self.lights) > 1 else name
-        )
+    def placed(self) -> list[sw.Plan]:
+        """The paper's placements of the light model, and the light model all the way."""
+        plans = [schedule(self.shape, self.light, placement, SHARE) for placement in PLACEMENTS]
+        return [*plans, _named(schedule(self.shape, self.light, share=1.0), ALL_LIGHT)]
 
 
 def _named(plan: sw.Plan, method: str) -> sw.Plan:
@@ -85,22 +83,26 @@ class TextStudy(Study):
 
     def run(self) -> None:
         """Everything, the cheap parts first."""
-        ((name, light),) = self.lights.items()
         texts = calibration_texts(self.tokenizer, 8 if self.quick else 64)
         importance = measure_importance(
-            self.model, light, self.tokenizer, texts, light_tokenizer=self.tokenizer, names=(self.label, name)
+            self.model,
+            self.others[self.light],
+            self.tokenizer,
+            texts,
+            light_tokenizer=self.tokenizer,
+            names=(self.label, self.light),
         )
         importance.save(self.output / f"{self.label}.importance.json")
         importance.plot(self.output / f"{self.label}.importance.svg")
-        placed = [self.placed(name, placement, SHARE) for placement in PLACEMENTS]
-        whole = self.placed(name, "first", 1.0)
-        self.judge("placements", self.writing(128), [*placed, whole])
-        self.judge("prefix", self.writing(96, self.prefixes()), [self.placed(name, "sandwich", SHARE), whole])
-        self.front(name)
+        placed = self.placed()
+        self.judge("placements", self.writing(128), placed)
+        some = [plan for plan in placed if plan.made_by.method in ("sandwich", ALL_LIGHT)]
+        self.judge("prefix", self.writing(96, self.prefixes()), some)
+        self.front()
 
     def judge(self, what: str, task: Writing, plans: Sequence[sw.Plan]) -> None:
         """One task under plans."""
-        result = sw.evaluate(self.model, self.tokenizer, [task], list(plans), name=self.label, others=self.lights)
+        result = sw.evaluate(self.model, self.tokenizer, [task], list(plans), name=self.label, others=self.others)
         self.save(what, result)
 
     def prefixes(self) -> tuple[str, ...]:
@@ -113,7 +115,7 @@ class TextStudy(Study):
         for start in range(0, len(ids) - LENGTH, LENGTH):
             yield self.tokenizer.decode(ids[start : start + PREFIX])
 
-    def front(self, light: str) -> None:
+    def front(self) -> None:
         """Schedules of every kind at the paper's saving and at the target."""
         task = self.writing(128)
         settings = FrontSettings(budgets=(0.17, 0.25), segments=4, moments=256, trials=0 if self.quick else 4)
@@ -124,18 +126,18 @@ class TextStudy(Study):
             [task],
             settings,
             calibrate_on=[calibrate],
-            light=light,
-            others=self.lights,
+            light=self.light,
+            others=self.others,
             name=self.label,
         )
         self.save("front", result)
 
 
 class TaskStudy(Study):
-    """A model of exact tasks, beside models with fewer blocks."""
+    """A model of exact tasks, and one with fewer blocks."""
 
     def run(self) -> None:
-        """The front with the first light model, and what each light model does by itself."""
+        """The front, and the light model's own schedules."""
         examples = 20 if self.quick else 400
         settings = FrontSettings(
             budgets=(0.2,) if self.quick else (0.17, 0.25, 0.33, 0.4),
@@ -144,29 +146,27 @@ class TaskStudy(Study):
             moments=128 if self.quick else 1024,
             examples=20 if self.quick else 200,
         )
-        first = next(iter(self.lights))
         found = find_front(
             self.model,
             self.tokenizer,
             None,
             settings,
-            light=first,
-            others=self.lights,
+            light=self.light,
+            others=self.others,
             examples=examples,
             name=self.label,
         )
         self.save("front", found)
-        plans = [
-            self.placed(light, placement, share)
-            for light in self.lights
-            for placement, share in (*((p, SHARE) for p in PLACEMENTS), ("first", 1.0))
-        ]
-        self.save(
-            "light",
-            sw.evaluate(
-                self.model, self.tokenizer, None, plans, examples=examples, name=self.label, others=self.lights
-            ),
+        light = sw.evaluate(
+            self.model,
+            self.tokenizer,
+            None,
+            self.placed(),
+            examples=examples,
+            name=self.label,
+            others=self.others,
         )
+        self.save("light", light)
 
 
 STUDIES: dict[str, type[TextStudy] | type[TaskStudy]] = {"text": TextStudy, "tasks": TaskStudy}
@@ -177,7 +177,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("kind", choices=STUDIES)
     parser.add_argument("heavy", help="what skipwise.load takes")
-    parser.add_argument("light", nargs="+", help="likewise")
+    parser.add_argument("light", help="likewise")
     parser.add_argument("--label", required=True, help="the model's name and its seed, such as tiny-text-0")
     parser.add_argument("--output", type=Path, required=True)
     parser.add_argument("--quick", action="store_true", help="a few samples, to see that it runs")

@@ -18,7 +18,7 @@ HERE = Path(__file__).parent
 RESULTS = HERE.parent / "docs" / "results" / "p2"
 STUDIES = {
     "tiny-text-0": ("text", "tiny-text", "tiny-text-light"),
-    "tiny-dllm-0": ("tasks", "tiny-dllm", "tiny-dllm-lighter", "tiny-dllm-light"),
+    "tiny-dllm-0": ("tasks", "tiny-dllm", "tiny-dllm-light"),
 }
 
 
