@@ -1,0 +1,1 @@
+"""Which model, or which blocks, at which denoising step (paper 2): step importance, and the search that it screens."""
