@@ -15,6 +15,7 @@ from skipwise.files import check_writable
 from skipwise.loading import load_skeleton
 from skipwise.plan import Plan
 from skipwise.planners.sandwich import Light
+from skipwise.scheduling.candidates import Screen
 from skipwise.scheduling.search import Rules, search_schedules
 from skipwise.scheduling.table import NOTE, Search
 from skipwise.zoo.tasks import TASKS
@@ -86,10 +87,12 @@ def _light(name: str) -> Light:
     return Plan.load(name) if name.endswith(".json") else name
 
 
-def _importance(path: Path | None) -> object | None:
+def _importance(path: Path | None) -> Screen | None:
+    if path is None:
+        return None
     from skipwise.scheduling.importance import Importance
 
-    return Importance.load(path) if path else None
+    return Importance.load(path)
 
 
 def _tasks(
