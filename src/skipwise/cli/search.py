@@ -140,7 +140,7 @@ def _fresh(row: Row | None, tasks: list[str]) -> list[str]:
 
 
 def _score(score: Score) -> str:
-    if score.metric.endswith("perplexity"):
+    if not score.is_fraction:
         return f"{score.value.value:.4g} [{score.value.low:.4g}, {score.value.high:.4g}]"
     value, low, high = (100 * part for part in (score.value.value, score.value.low, score.value.high))
     return f"{value:.1f}% [{low:.1f}, {high:.1f}]"

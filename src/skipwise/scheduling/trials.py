@@ -25,7 +25,7 @@ from skipwise.models import kind_of
 from skipwise.plan import Plan
 from skipwise.sampling.accounts import Share, account
 from skipwise.sampling.denoiser import denoising
-from skipwise.sampling.others import check_alike
+from skipwise.sampling.others import check_tokens
 
 COUNTS = ("examples", "samples")  # what tasks call the number of their examples
 
@@ -186,7 +186,7 @@ class OpenWork:
         first = next(self.model.parameters())
         dtype = next((key for key, value in DTYPES.items() if value == first.dtype), None)
         other, tokenizer = load(name, dtype=dtype, device=str(first.device))
-        check_alike(self.model, other, name, self.tokenizer, tokenizer)
+        check_tokens(self.model, other, name, self.tokenizer, tokenizer)
         return other
 
     def run(self, trial: Trial) -> Outcome:
