@@ -120,7 +120,7 @@ def _table(found: Search) -> Table:
     for column in ("schedule", "dropped", "n", "kept", "FLOPs saved,\nblock/all-in", *(f"{t}, fresh" for t in tasks)):
         shown.add_column(column, justify="left" if column in ("schedule", "dropped") else "right", no_wrap=True)
     for one in found.found[:SHOWN]:
-        dropped = "" if one.dropped is None else one.dropped if one.round is None else f"{one.dropped}, {one.round + 1}"
+        dropped = "" if one.dropped is None else one.dropped if one.round is None else f"{one.dropped}, {one.round}"
         kept = "" if one.retention is None else f"{100 * one.retention:.1f}%"
         shown.add_row(one.segments, dropped, str(one.examples), kept, _saved(one), *_fresh(one.confirmed, tasks))
     if len(found.found) > SHOWN:

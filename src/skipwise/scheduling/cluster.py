@@ -11,10 +11,10 @@ from skipwise.scheduling.engine import Answering, Failed
 from skipwise.scheduling.processes import ENVIRONMENT, environment
 from skipwise.scheduling.trials import Outcome, Trial, Work
 
-QUIET = {
+SETTINGS = {
     "RAY_USAGE_STATS_ENABLED": "0",  # it would report to its makers
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
-    "RAY_DEDUP_LOGS": "0",
+    "RAY_worker_register_timeout_seconds": "600",  # on a busy machine torch alone takes a minute to load
 }
 
 
@@ -25,7 +25,8 @@ class Cluster:
     """
 
     def __init__(self, work: Work, workers: int, address: str | None = None):
-        with environment(QUIET):
+        path = os.pathsep.join(path for path in sys.path if path)  # workers import what this process does
+        with environment(SETTINGS | ENVIRONMENT | {"PYTHONPATH": path}):
             self.ray: Any = require("ray", "ray")
             self.own = not self.ray.is_initialized()
             if self.own:
@@ -48,12 +49,11 @@ class Cluster:
     def _actor(self, work: Work, workers: int) -> Any:
         """The actor class: one core each, and a share of the GPUs where the work is on them."""
         gpus = self.ray.cluster_resources().get("GPU", 0.0) if (work.device or "").startswith("cuda") else 0.0
-        here = {**ENVIRONMENT, "PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}
         remote = self.ray.remote(
             num_cpus=1,
             num_gpus=min(1.0, gpus / workers),
             max_restarts=0,  # a fresh one is started here, and what was lost is known
-            runtime_env={"env_vars": here if self.own else dict(ENVIRONMENT)},
+            runtime_env=None if self.own else {"env_vars": ENVIRONMENT},
         )
         return remote(_Actor)
 
@@ -76,11 +76,12 @@ class Cluster:
         ready, _ = self.ray.wait([self.running[worker] for worker in workers], num_returns=1)
         worker = next(worker for worker in workers if self.running[worker] == ready[0])
         del self.running[worker]
-        died = self.ray.exceptions
         try:
             return worker, self.ray.get(ready[0])
-        except (died.RayActorError, died.WorkerCrashedError, died.OutOfMemoryError, died.ObjectLostError):
-            return worker, None
+        except self.ray.exceptions.RayTaskError:
+            raise  # a mistake of this module: a trial's own exceptions are answers
+        except self.ray.exceptions.RayError:
+            return worker, None  # killed, out of memory, its node lost, never started
 
     def stop(self, worker: Any) -> None:
         """Kill an actor."""

@@ -42,7 +42,8 @@ Progress = Callable[[int, int], None]
 @dataclass(frozen=True)
 class Rules:
     """How a search goes. segments: of the trajectory; light_segments: how many of them are light, or else budget: what
-    a schedule saves at least, as a fraction of FLOPs by `count`. screen: share of the schedules that an importance lets
+    a schedule saves at least, as a fraction of FLOPs by `count` (by formula, over a trajectory that is walked evenly;
+    what a task's steps made of it is in the table). screen: share of the schedules that an importance lets
     through. examples: of every task, for the finalists; finalists: how many schedules get so far; confirm: examples
     after those, for what is reported. seed: of the bootstrap.
     """
@@ -219,7 +220,7 @@ def _found(rank: int, one: Standing, row: Row | None) -> Found:
     return Found(
         rank=rank,
         segments=one.candidate.segments,
-        round=one.round,
+        round=one.round + 1,
         dropped=one.dropped,
         examples=max(metric.examples for metric in firsts.values()),
         scores={task: metric.value for task, metric in firsts.items()},

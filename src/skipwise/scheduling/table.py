@@ -25,7 +25,7 @@ NOTE = (
 
 
 class Found(BaseModel):
-    """One schedule: rank from 1; where and why it was dropped, None of a finalist; and how it did.
+    """One schedule: rank and last round, from 1; why it was dropped, None of a finalist; and how it did.
 
     scores (first metric of each task), retention and saved FLOPs are on the `examples` that it ran on, FLOPs as they
     happened; one that never ran has those of the formula. importance: what the screen foretold. confirmed: its row on
@@ -81,7 +81,9 @@ class Search:
         """Write table.json and table.csv (all schedules), result.json (for reports), plan.json (the best one)."""
         folder = Path(folder)
         lines = [one.line() for one in self.found]
-        write_atomically(folder / "table.json", json.dumps({"format": FORMAT, "note": NOTE, "rows": lines}, indent=1))
+        write_atomically(
+            folder / "table.json", json.dumps({"format": FORMAT, "note": NOTE, "rows": lines}, indent=1) + "\n"
+        )
         write_atomically(folder / "table.csv", _csv(lines))
         self.result.save(folder / "result.json")
         return self.best.plan.save(folder / "plan.json")

@@ -8,7 +8,7 @@ process, in another one and on another machine of the same kind.
 import hashlib
 import json
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, fields, replace
 from typing import Any, TypeVar
@@ -231,22 +231,21 @@ def ranged(task: Task, begin: int, end: int) -> Task:
 
 
 def _settings(task: EvaluationTask) -> dict[str, Any]:
-    """What a task is told, but for the range."""
+    """What a task is told, but for the range; a judge by its weights."""
     told = asdict(task)  # type: ignore[call-overload]
     rest = {key: value for key, value in told.items() if key not in ("first", count_field(task))}
+    if "judge" in rest:
+        rest["judge"] = weights_sum(rest["judge"])
     return {"kind": type(task).__name__, **json.loads(json.dumps(rest))}
 
 
 def weights_sum(name: str) -> str:
     """sha256 over a model's config and weights, as they lie on disk."""
     source = find(name)
-    names = [source.gguf] if source.gguf else ["config.json", *sorted(p.name for p in _weights(source.folder))]
+    weights = sorted(path.name for path in source.folder.glob("*.safetensors"))
+    names = [source.gguf] if source.gguf else ["config.json", *weights]
     total = hashlib.sha256()
     for part in names:
         with (source.folder / part).open("rb") as file:
             total.update(hashlib.file_digest(file, "sha256").digest())
     return total.hexdigest()
-
-
-def _weights(folder: Any) -> Sequence[Any]:
-    return list(folder.glob("*.safetensors"))
