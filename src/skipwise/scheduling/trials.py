@@ -199,7 +199,7 @@ class OpenWork:
             for task in self.work.tasks:
                 with denoising(self.model, trial.plan, self.others, tokenizer=self.tokenizer) as denoiser:
                     scores[task.name] = ranged(task, trial.begin, trial.end).run(denoiser, self.tokenizer)
-                for name, share in account(denoiser, task.tokens).items():
+                for name, share in account(denoiser).items():
                     forwards[name or ""] = forwards.get(name or "", 0) + share.forwards
                     taken += share
         return Outcome(scores, forwards, taken.block_flops, taken.all_in_flops, time.perf_counter() - began)
