@@ -145,7 +145,7 @@ class Plan(_Frozen):
         content = tensor_bytes({name: tensor.contiguous() for name, tensor in tensors.items()})
         phases = tuple(p.model_copy(update={"stand_in": kind if p.skip else None}) for p in self.phases)
         companion = Companion(name="stand-ins.safetensors", sha256=hashlib.sha256(content).hexdigest())
-        plan = Plan.model_validate({**dict(self), "phases": phases, "stand_ins": companion})
+        plan = self._changed(phases=phases, stand_ins=companion)
         plan._folder, plan._bytes = self._folder, content
         return plan
 
@@ -156,10 +156,14 @@ class Plan(_Frozen):
         """
         companion = Companion(name=folder.name, sha256=_adapter_sum(folder))
         made_by = self.made_by.model_copy(update={"settings": self.made_by.settings | dict(settings or {})})
-        plan = Plan.model_validate({**dict(self), "adapter": companion, "made_by": made_by})
+        plan = self._changed(adapter=companion, made_by=made_by)
         plan._bytes = self._stand_in_bytes() if self.stand_ins else None
         plan._folder = folder.parent
         return plan
+
+    def _changed(self, **update: Any) -> "Plan":
+        """Validated anew. `dict(self)` would hold cached properties too."""
+        return Plan.model_validate({name: getattr(self, name) for name in Plan.model_fields} | update)
 
     def stand_in_tensors(self) -> dict[str, Tensor]:
         """The stand-ins' tensors. Raises UserError when their file is gone or is another one."""
