@@ -79,27 +79,9 @@ def divergence(target: Tensor, found: Tensor) -> Tensor:
     return (target.exp() * (target - found)).sum(-1)
 
 
-def regret(batch: Batch, target: Tensor, found: Tensor) -> Tensor:
-    """(rows,): what it loses to commit, in every row, the token that `found` is most confident of, in nats.
-
-    That is how much less likely the whole model (`target`) holds that token than the one that it would commit itself: 0
-    when both commit the same, and about 0 when they only take it in another order. Both are log-probabilities
-    (predicted tokens, vocabulary), and every row of the batch predicts at least one. For samplers that commit the most
-    confident token (LLaDA, Dream) it is the harm of one step; divergence also counts what is not committed yet.
-    """
-    rows, (confidence, token) = batch.predicted.nonzero()[:, 0], found.max(-1)
-    own = target.max(-1).values
-    asked = target.gather(-1, token[:, None])[:, 0]
-    size = batch.inputs.shape[0]
-    best = own.new_full((size,), -torch.inf).scatter_reduce(0, rows, confidence, "amax")
-    place = torch.arange(len(rows), device=rows.device).where(confidence == best[rows], len(rows))
-    first = place.new_full((size,), len(rows)).scatter_reduce(0, rows, place, "amin")
-    return own.new_full((size,), -torch.inf).scatter_reduce(0, rows, own, "amax") - asked[first]
-
-
 # (batch, log-probabilities of the whole model, and of the one that is cut) -> (n,), whose mean is the harm done
 Harm = Callable[[Batch, Tensor, Tensor], Tensor]
-TIES = 1e-2  # how much a nat of divergence counts beside one of regret, which many cuts do not cause at all
+TIES = 1e-3  # how much what is not committed yet counts beside what is
 
 
 def by_divergence(batch: Batch, target: Tensor, found: Tensor) -> Tensor:
@@ -107,9 +89,18 @@ def by_divergence(batch: Batch, target: Tensor, found: Tensor) -> Tensor:
     return divergence(target, found)
 
 
-def by_regret(batch: Batch, target: Tensor, found: Tensor) -> Tensor:
-    """The regret of every row; where it is 0, the divergence decides."""
-    return regret(batch, target, found) + TIES * divergence(target, found).mean()
+def by_commitment(batch: Batch, target: Tensor, found: Tensor) -> Tensor:
+    """KL(whole || cut) in nats at the one position of every row that the cut model would commit next.
+
+    Which is the one it is most confident of, as LLaDA and Dream decode. What it thinks of other positions does no harm
+    yet, and taking them in another order does little. Every row of the batch predicts a token or more.
+    """
+    rows, confidence = batch.predicted.nonzero()[:, 0], found.max(-1).values
+    best = confidence.new_full((len(batch.inputs),), -torch.inf).scatter_reduce(0, rows, confidence, "amax")
+    places = torch.arange(len(rows), device=rows.device).where(confidence == best[rows], len(rows))
+    first = places.new_full((len(batch.inputs),), len(rows)).scatter_reduce(0, rows, places, "amin")
+    everywhere = divergence(target, found)
+    return everywhere[first] + TIES * everywhere.mean()
 
 
 @dataclass

@@ -182,10 +182,14 @@ def improve(
     evaluated, the given one included. The same seed gives the same grid.
     """
     moves = _Moves(curves, random.Random(seed))
+
+    def allowed(new: Grid) -> bool:
+        return new not in seen and savings(new) >= budget - SLACK and not _idle(new, savings)
+
     (quality,) = evaluate([grid])
     seen, tried = {grid}, 1
     while tried < trials:
-        new = moves.draw(grid, min(width, trials - tried), lambda g: g not in seen and savings(g) >= budget - SLACK)
+        new = moves.draw(grid, min(width, trials - tried), allowed)
         if not new:
             break
         seen.update(new)
@@ -194,6 +198,12 @@ def improve(
         if found > quality:
             grid, quality = best, found
     return Found(grid, quality, tried)
+
+
+def _idle(grid: Grid, savings: Savings) -> bool:
+    """Whether something is skipped where no forward falls."""
+    places = zip(spans(grid.ends), grid.cells, strict=True)
+    return any(cell != Cell() and savings.share(begin, end) <= 0 for (begin, end), cell in places)
 
 
 class _Moves:
