@@ -178,15 +178,15 @@ def test_models_that_cannot_take_over_are_refused(tmp_path: Any) -> None:
 
 
 def test_another_tokenizer_is_refused() -> None:
-    from skipwise.sampling.others import check_alike
+    from skipwise.sampling.others import check_tokens
 
     heavy, light = pair("llada")
     _, tokenizer = sw.load("tiny-dllm")
     other = copy.deepcopy(tokenizer)
-    check_alike(heavy, light, "light", tokenizer, other)
+    check_tokens(heavy, light, "light", tokenizer, other)
     other.add_tokens(["x"])
     with pytest.raises(sw.UserError, match="light has another tokenizer"):
-        check_alike(heavy, light, "light", tokenizer, other)
+        check_tokens(heavy, light, "light", tokenizer, other)
 
 
 @pytest.mark.parametrize("placement", PLACEMENTS)

@@ -10,7 +10,7 @@ import copy
 import math
 from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -61,6 +61,20 @@ class Prices:
         kept = [p for name, row in self.blocks.items() for i, p in enumerate(row) if i not in skip.get(name, ())]
         maps = [self.linear[name] for name, numbers in (linear or {}).items() for _ in numbers]
         return sum(kept + maps, Price())
+
+    def per_row(self, rows: int) -> "Prices":
+        """These prices, which are of a forward of several examples, for one of them. Weights are what they were."""
+
+        def part(price: Price) -> Price:
+            return replace(
+                price,
+                flops=price.flops // rows,
+                attention_flops=price.attention_flops // rows,
+                activation_bytes=price.activation_bytes // rows,
+            )
+
+        blocks = {name: tuple(map(part, row)) for name, row in self.blocks.items()}
+        return Prices(blocks, part(self.outside), {name: part(p) for name, p in self.linear.items()}, self.size)
 
     def forward(self, skip: Skip | None = None, linear: Skip | None = None) -> Price:
         """One forward with these blocks skipped."""

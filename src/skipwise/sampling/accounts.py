@@ -1,10 +1,12 @@
-"""What a denoiser's forwards took, by model: FLOPs by formula, of the forwards that were really made."""
+"""What forwards took, by model: FLOPs by formula, of the forwards that were really made."""
 
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, fields
+from functools import cache
 
-from skipwise.cost import price_blocks
+from skipwise.cost import Prices, price_blocks
 from skipwise.examples import Size
-from skipwise.sampling.denoiser import Denoiser
+from skipwise.sampling.denoiser import Denoiser, Forward
 
 
 @dataclass(frozen=True)
@@ -23,15 +25,22 @@ class Share:
         return Share(*(getattr(self, f.name) + getattr(other, f.name) for f in fields(Share)))
 
 
-def account(denoiser: Denoiser, tokens: int) -> dict[str | None, Share]:
-    """The share of each model that ran, by the name that the plan gives it; None is the plan's own. tokens: a row's."""
-    size = Size(tokens=tokens)
-    shares: dict[str | None, Share] = {}
-    whole = price_blocks(denoiser.model, size).forward().flops
-    for forward in denoiser.forwards:
-        running, rows = forward.running, forward.rows
-        prices = price_blocks(denoiser.module(running), size)
-        cut = (running.cut.skipped, running.cut.linear)
-        made = Share(1, rows, rows * prices.of_blocks(*cut).flops, rows * prices.forward(*cut).flops, rows * whole)
-        shares[running.model] = shares.get(running.model, Share()) + made
-    return shares
+Shares = dict[str | None, Share]  # by the name that the plan gives a model; None is the plan's own
+
+
+def shares(forwards: Iterable[Forward], prices_of: Callable[[str | None], Prices]) -> Shares:
+    """The share of each model that ran. prices_of: a model's name -> its prices for one row."""
+    found: Shares = {}
+    prices_of = cache(prices_of)
+    whole = prices_of(None).forward().flops
+    for forward in forwards:
+        name, cut, rows = forward.running.model, forward.running.cut, forward.rows
+        prices, gone = prices_of(name), (cut.skipped, cut.linear)
+        blocks, all_in = prices.of_blocks(*gone).flops, prices.forward(*gone).flops
+        found[name] = found.get(name, Share()) + Share(1, rows, rows * blocks, rows * all_in, rows * whole)
+    return found
+
+
+def account(denoiser: Denoiser, tokens: int) -> Shares:
+    """The share of each model that a denoiser ran, on rows of `tokens` tokens."""
+    return shares(denoiser.forwards, lambda name: price_blocks(denoiser.named(name), Size(tokens=tokens)))

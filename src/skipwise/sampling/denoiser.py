@@ -77,9 +77,9 @@ class Denoiser:
             self.skipping.at(progress)
         return Running(None, cut_now(self.model))
 
-    def module(self, running: Running) -> nn.Module:
-        """The model that runs."""
-        return self.model if running.model is None else self.others[running.model]
+    def named(self, name: str | None) -> nn.Module:
+        """The model that the plan calls so; None is its own."""
+        return self.model if name is None else self.others[name]
 
     def __call__(self, step: Step, inputs: Tensor, attention_mask: Tensor | None = None, **others: Any) -> Tensor:
         """Logits (rows, length, vocabulary) of `inputs` (rows, length) at this step. `others` go to the model."""
@@ -87,7 +87,7 @@ class Denoiser:
         if self.on_step is not None:
             self.on_step(step)
         self.forwards.append(Forward(running, len(inputs)))
-        return self.module(running)(input_ids=inputs, attention_mask=attention_mask, **others).logits
+        return self.named(running.model)(input_ids=inputs, attention_mask=attention_mask, **others).logits
 
     def border(self, progress: float) -> float:
         """Where the phase ends that `progress` belongs to; 1 for the last one."""

@@ -89,7 +89,7 @@ def predict(
 
 def _conditioned(denoiser: Denoiser, running: Running) -> bool:
     """Whether the model that runs is told the time."""
-    return getattr(denoiser.module(running).config, "time_conditioning", False)
+    return getattr(denoiser.named(running.model).config, "time_conditioning", False)
 
 
 class _Ancestral:

@@ -20,18 +20,28 @@ def load_others(
     """The models that the plan's phases name, by name; those not `given` are loaded, once, as `model` is held.
 
     tokenizer: the model's, with which those of loaded models are compared.
-    Raises UserError for a name that nothing is known by, and for a model that does not speak the same tokens.
+    Raises UserError for a name that nothing is known by, and for a model that cannot take over.
     """
-    names = list(dict.fromkeys(phase.model for phase in plan.phases if phase.model)) if plan else []
     found = {}
-    for name in names:
-        other, others_tokenizer = (given[name], None) if given and name in given else _load(name, model)
+    for name in dict.fromkeys(phase.model for phase in plan.phases if phase.model) if plan else ():
+        other, its_tokenizer = (given[name], None) if given and name in given else _load(name, model)
+        if kind_of(model) == "image or video diffusion":
+            check_latents(model, other, name)
+        else:
+            check_tokens(model, other, name, tokenizer, its_tokenizer)
         found[name] = other
-        check_alike(model, other, name, tokenizer, others_tokenizer)
     return found
 
 
-def check_alike(model: nn.Module, other: nn.Module, name: str, tokenizer: Any = None, of_other: Any = None) -> None:
+def check_latents(model: nn.Module, other: nn.Module, name: str) -> None:
+    """Raise UserError unless an image model `other` takes and gives what `model` does."""
+    for what in ("in_channels", "out_channels"):
+        mine, theirs = getattr(model.config, what, None), getattr(other.config, what, None)
+        if kind_of(other) != kind_of(model) or mine != theirs:
+            raise UserError(f"{name} is a {type(other).__name__} with {what}={theirs}; the plan's model has {mine}.")
+
+
+def check_tokens(model: nn.Module, other: nn.Module, name: str, tokenizer: Any = None, of_other: Any = None) -> None:
     """Raise UserError unless `other`, called `name`, can take over denoising steps from `model`."""
     if kind_of(other) != "masked diffusion":
         raise UserError(f"{name} is a {type(other).__name__}, which cannot denoise; name a masked diffusion model.")
