@@ -8,7 +8,7 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 import typer
 
-from skipwise.cli import analyze, demo, evaluate, export, generate, heal, inspect, lm_eval, plan, report, zoo
+from skipwise.cli import analyze, demo, evaluate, export, generate, heal, inspect, lm_eval, plan, report, schedule, zoo
 from skipwise.errors import UserError
 
 app = typer.Typer(
@@ -27,6 +27,7 @@ app.command("export")(export.command)
 app.command("lm-eval", context_settings=lm_eval.SETTINGS)(lm_eval.command)
 app.command("report")(report.command)
 app.command("demo")(demo.command)
+app.add_typer(schedule.app, name="schedule")
 app.add_typer(zoo.app, name="zoo")
 
 
