@@ -12,27 +12,9 @@ import skipwise as sw
 from skipwise import cli
 from skipwise.zoo.tasks import TASKS
 
+COMMANDS = ("inspect", "analyze", "plan", "heal", "generate", "eval", "judge", "lm-eval", "export", "report", "demo")
 
-def run(
-    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, *arguments: object
-) -> tuple[int, str, str]:
-    """(exit code, stdout, stderr) of `skipwise ARGUMENTS`."""
-    monkeypatch.setattr(sys, "argv", ["skipwise", *map(str, arguments)])
-    code = 0
-    try:
-        cli.main()
-    except SystemExit as ended:
-        code = int(ended.code or 0)
-    captured = capsys.readouterr()
-    return code, captured.out, captured.err
-
-
-@pytest.fixture
-def skipwise(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch):  # type: ignore[no-untyped-def]
-    return lambda *arguments: run(capsys, monkeypatch, *arguments)
-
-
-COMMANDS = ("inspect", "analyze", "plan", "heal", "generate", "eval", "lm-eval", "export", "report", "demo")
+GROUPS = ("schedule", "zoo")
 
 
 def test_a_plan_with_all_that_travels_with_it(skipwise, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
@@ -181,8 +163,9 @@ def test_unknown_options_exit_with_2(skipwise) -> None:  # type: ignore[no-untyp
 
 def test_every_command_has_an_example() -> None:
     commands = typer.main.get_command(cli.app).commands  # type: ignore[attr-defined]
-    assert set(commands) == {*COMMANDS, "zoo"}
-    described = [c for name, c in commands.items() if name != "zoo"] + [commands["zoo"].commands["train"]]
+    assert set(commands) == {*COMMANDS, *GROUPS}
+    described = [c for name, c in commands.items() if name not in GROUPS] + [commands["zoo"].commands["train"]]
+    described += commands["schedule"].commands.values()
     assert all("skipwise " in (command.help or "") for command in described)
 
 

@@ -1,6 +1,7 @@
 """Laws of schedules: what runs at which step, whoever decodes; placements by name, by segments and by lengths."""
 
 import copy
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -160,7 +161,7 @@ def test_a_named_model_is_loaded_once(monkeypatch: pytest.MonkeyPatch) -> None:
     assert {name: share.forwards for name, share in first.stats.by_model.items()} == {"tiny-ar2dllm": 4, None: 3}
 
 
-def test_models_that_cannot_take_over_are_refused(tmp_path: Any) -> None:
+def test_models_that_cannot_take_over_are_refused() -> None:
     heavy, _ = pair("mdlm")
     plan = plan_of(heavy, Phase(model="light"))
     with pytest.raises(sw.UserError, match="Unknown model 'light'"):
@@ -256,3 +257,46 @@ def test_a_static_plan_can_be_what_is_light() -> None:
 def test_what_is_no_schedule_is_refused(call: Any, said: str) -> None:
     with pytest.raises(sw.UserError, match=said):
         call()
+
+
+def test_the_command_writes_plans(skipwise, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
+    out, static = tmp_path / "plan.json", tmp_path / "static.json"
+    command = ["schedule", "plan", "tiny-dllm", "-o", out]
+    code, said, _ = skipwise(*command, "--light", "tiny-ar2dllm", "--share", 0.5)
+    assert code == 0
+    assert "until 0.25 run tiny-ar2dllm | until 0.75 run all blocks | until 1 run tiny-ar2dllm" in said
+    assert Plan.load(out).phases == schedule(Plan.load(out).model, "tiny-ar2dllm", "sandwich", 0.5).phases
+    model, _ = sw.load("tiny-dllm")
+    Plan.static(find_contract(model).shape, {"model.layers": range(12)}).save(static)
+    light = [*command, "--light", static]
+    assert "saves 10.0% of block FLOPs" in skipwise(*light, "--placement", "first", "--budget", 0.1)[1]
+    assert Plan.load(out).phases[0].until == pytest.approx(0.2)
+    assert "saves 25.0% of block FLOPs" in skipwise(*light, "--segments", "LHHL")[1]
+    assert "saves 12.5% of block FLOPs" in skipwise(*light, "--schedule", "L125-H750-L125")[1]
+
+
+@pytest.mark.parametrize(
+    ("more", "complaint"),
+    [
+        (["--budget", 1], "cannot be met: all steps light save 0.0000"),
+        (["--segments", "LH", "--placement", "first"], "exclude one another"),
+        (["--segments", "LH", "--share", 0.1], "says already which steps are light"),
+        (["--share", 0.1, "--budget", 0.1], "exclude one another"),
+        (["--placement", "sandwhich"], "Did you mean 'sandwich'"),
+        (["--light", "tiny-ar"], "tiny-ar is a LlamaForCausalLM, which cannot denoise"),
+        (["--light", "nothing.json"], "There is no plan at nothing.json"),
+    ],
+)
+def test_mistakes_are_one_line(skipwise, tmp_path: Path, more: list[Any], complaint: str) -> None:  # type: ignore[no-untyped-def]
+    out = tmp_path / "plan.json"
+    code, _, said = skipwise("schedule", "plan", "tiny-dllm", "-o", out, "--light", "tiny-ar2dllm", *more)
+    assert code == 2
+    assert complaint in said
+    assert not out.exists()
+
+
+def test_generate_needs_nothing_but_the_plan(skipwise, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
+    out = tmp_path / "plan.json"
+    skipwise("schedule", "plan", "tiny-dllm", "--light", "tiny-ar2dllm", "--segments", "LHHL", "-o", out)
+    said = skipwise("generate", "tiny-dllm", "s3141592=", "--gen-length", 8, "--plan", out)[1]
+    assert "8 forwards (4 of tiny-ar2dllm, 4 of the model itself)" in said

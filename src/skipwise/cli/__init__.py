@@ -8,7 +8,21 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 import typer
 
-from skipwise.cli import analyze, demo, evaluate, export, generate, heal, inspect, lm_eval, plan, report, schedule, zoo
+from skipwise.cli import (
+    analyze,
+    demo,
+    evaluate,
+    export,
+    generate,
+    heal,
+    inspect,
+    judge,
+    lm_eval,
+    plan,
+    report,
+    schedule,
+    zoo,
+)
 from skipwise.errors import UserError
 
 app = typer.Typer(
@@ -23,6 +37,7 @@ app.command("plan")(plan.command)
 app.command("heal")(heal.command)
 app.command("generate")(generate.command)
 app.command("eval")(evaluate.command)
+app.command("judge")(judge.command)
 app.command("export")(export.command)
 app.command("lm-eval", context_settings=lm_eval.SETTINGS)(lm_eval.command)
 app.command("report")(report.command)

@@ -1,12 +1,15 @@
 """`skipwise schedule front`: the Pareto front of schedules."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Literal
 
 import typer
+from torch import nn
 
 from skipwise.cli.common import Device, Dtype, ModelName, console, progress_bar
 from skipwise.errors import UserError
+from skipwise.evaluation.writing import Writing, family_of
 from skipwise.files import check_writable
 from skipwise.loading import load
 from skipwise.report import table, write_report
@@ -19,6 +22,9 @@ def command(
     task: Annotated[
         list[str] | None, typer.Option(help="A task; repeat for several; the model's own by default.")
     ] = None,
+    judge: Annotated[
+        list[str] | None, typer.Option(help="Instead of tasks: the judge of texts that the model writes; repeatable.")
+    ] = None,
     segments: Annotated[int, typer.Option(help="Equal parts of the trajectory, each with its skip set.", min=1)] = 4,
     budgets: Annotated[str, typer.Option(help="Fractions of all-in FLOPs to save, with commas.")] = "0.1,0.2,0.3,0.4",
     stand_in: Annotated[
@@ -28,8 +34,10 @@ def command(
         int, typer.Option(help="Grids of a kind and budget to decode with; 0 trusts the calibration.", min=0)
     ] = 12,
     moments: Annotated[int, typer.Option(help="Sequences of the sampler to calibrate on.", min=1)] = 1024,
-    calibrate: Annotated[int, typer.Option(help="Examples of a task on the calibration split.", min=1)] = 100,
-    examples: Annotated[int | None, typer.Option(help="Examples of a task on the test split.", min=1)] = None,
+    calibrate: Annotated[int, typer.Option(help="Examples of a task, or texts, to calibrate on.", min=1)] = 100,
+    examples: Annotated[
+        int | None, typer.Option(help="Examples of a task (500), or texts (64), to test on.", min=1)
+    ] = None,
     seed: Annotated[int, typer.Option(help="Of the examples, the search and the bootstrap.")] = 0,
     output: Annotated[Path, typer.Option("--output", "-o", help="Folder to write to.")] = Path("front"),
     dtype: Dtype = None,
@@ -49,16 +57,34 @@ def command(
         seed=seed,
     )
     check_writable(output)
+    if task and judge:
+        raise UserError("--task and --judge are two measures of quality, and a front has one; leave out either.")
     network, tokenizer = load(model, dtype=dtype, device=device)
+    written = [_writing(network, name, examples or 64, seed) for name in judge or []]
     with progress_bar() as tell:
         found = find_front(
-            network, tokenizer, task, settings, light=light, examples=examples, name=model, on_progress=tell
+            network,
+            tokenizer,
+            written or task,
+            settings,
+            # other texts than those that are judged in the end
+            calibrate_on=[replace(w, first=w.samples, samples=calibrate) for w in written] or None,
+            light=light,
+            examples=examples,
+            name=model,
+            on_progress=tell,
         )
     result = save_front(found, output)
     page = write_report([result], [], output / "page.html")
     console.print(table(result))
     best = ", ".join(f"{row.method} ({row.saved_all_in_flops:.1%} saved)" for row in front(result))
     console.print(f"on the front: {best or 'nothing but the whole model'}; written to {page}", highlight=False)
+
+
+def _writing(model: nn.Module, judge: str, samples: int, seed: int) -> Writing:
+    task = Writing(judge=judge, samples=samples, seed=seed, family=family_of(model), name=f"writing for {judge}")
+    task.judge_for(model)  # a mistake in its name is found before the search
+    return task
 
 
 def _fractions(listed: str) -> tuple[float, ...]:

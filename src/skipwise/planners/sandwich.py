@@ -10,6 +10,7 @@ from typing import Any
 
 from torch import Tensor
 
+from skipwise.cost import Cost
 from skipwise.errors import UserError, unknown
 from skipwise.plan import ModelShape, Phase, Plan, Provenance
 from skipwise.stand_ins import key
@@ -93,6 +94,19 @@ def from_lengths(shape: ModelShape, notation: str, light: Light) -> Plan:
         done += int(part[2])
         stretches.append((done / total, part[1] == "L"))
     return _plan(shape, light, stretches, "lengths", {"schedule": notation})
+
+
+def share_for(budget: float, light: Cost) -> float:
+    """The share of light steps that saves this fraction of block FLOPs. light: the cost of running light all the way.
+
+    Raises UserError, with the most that can be saved, for a budget that light steps cannot meet.
+    """
+    if not 0 <= budget <= light.saved_block_flops:
+        raise UserError(
+            f"budget={budget} cannot be met: all steps light save {light.saved_block_flops:.4f} of the block FLOPs; "
+            f"choose from 0 to {light.saved_block_flops:.4f}."
+        )
+    return budget / light.saved_block_flops if budget else 0.0
 
 
 def light_share(plan: Plan) -> float:
