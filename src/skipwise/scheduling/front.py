@@ -148,17 +148,21 @@ class _Candidates:
             stand_in,
             harm_for(self.model),
             light or {},
-            self.settings.trials,
-            self.settings.seed,
-            name,
-            self.on_progress,
+            trials=self.settings.trials,
+            # deeper than this a segment is not cut: what lies beyond does more harm than the same cut elsewhere
+            deepest=min(0.7, 2.5 * max(self.settings.budgets)),
+            seed=self.settings.seed,
+            name=name,
+            on_progress=self.on_progress,
         )
 
     def _greedy(self) -> Scheduler:
         """The plan that `make_plan` would choose by greedy, on texts that are masked at random."""
         scheduler = self._scheduler("greedy", (1.0,), None)
         texts = calibration_texts(self.tokenizer, 64, self.settings.seed, self.texts)
-        scheduler.calibration = Calibration.of(self.model, self.tokenizer, texts, seed=self.settings.seed)
+        longest = max(task.tokens for task in self.tasks)
+        seed = self.settings.seed
+        scheduler.calibration = Calibration.of(self.model, self.tokenizer, texts, max_tokens=longest, seed=seed)
         scheduler.harm, scheduler.trials = by_divergence, 0
         return scheduler
 

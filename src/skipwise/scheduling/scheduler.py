@@ -1,5 +1,6 @@
 """Self-scheduled plans of one model: made for a budget from what its own sampler visits, judged on what it decodes."""
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property, partial
@@ -30,7 +31,8 @@ class Scheduler:
 
     calibration: the moments that plans are chosen and stand-ins fitted on; tasks: what decoded quality is, on the
     calibration split; ends: of the segments; stand_in: what skipped blocks leave behind; light: models that may take
-    segments over, by name; trials: grids that local search may decode with, 0 for none.
+    segments over, by name; trials: grids that local search may decode with, 0 for none; deepest: the largest part of
+    the blocks that a segment may skip.
     """
 
     model: nn.Module
@@ -42,6 +44,7 @@ class Scheduler:
     harm: Harm = by_commitment
     light: Mapping[str, nn.Module] = field(default_factory=dict)
     trials: int = 0
+    deepest: float = 0.7
     seed: int = 0
     name: str = "grid"
     on_progress: Callable[[str, int, int], None] | None = None
@@ -68,7 +71,7 @@ class Scheduler:
         """A curve for every segment."""
         leaving = partial(fit_alone, self.calibration, self.stack) if self.stand_in == "linear" else None
         tell = partial(self.on_progress, f"{self.name}: order blocks") if self.on_progress else None
-        most = max(1, round(0.7 * self.shape.stacks[self.stack]))
+        most = max(1, math.ceil(self.deepest * self.shape.stacks[self.stack]))
         return curves(
             self.calibration,
             self.stack,
