@@ -7,8 +7,8 @@ trajectory that is, 0 = all noise to 1 = done, is the share of tokens that is kn
 import hashlib
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
-from typing import Any, TypeVar
+from dataclasses import dataclass, field, replace
+from typing import Any, Self, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -134,6 +134,15 @@ class Calibration:
             else:
                 batch = _noised(ids, group[0].prompt, mask_token(self.model), begin, end, generator)
             yield Batch(batch.inputs.to(device), batch.predicted.to(device))
+
+    def halves(self) -> tuple[Self, Self]:
+        """Every second sample, and the others: one to choose on, one to see what the choice is worth.
+
+        Raises UserError when there is one sample alone.
+        """
+        if len(self.samples) < 2:
+            raise UserError("There is one text to calibrate on, and two are needed; give more texts.")
+        return replace(self, samples=self.samples[::2]), replace(self, samples=self.samples[1::2])
 
     def share(self, begin: float, end: float) -> float:
         """The part of a trajectory's forwards that is made at progress `begin` to `end`."""

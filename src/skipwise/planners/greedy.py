@@ -110,6 +110,11 @@ class Search:
             count += len(harms)
         return {block: total / count for block, total in sums.items()}
 
+    def harm_without(self, gone: Collection[int]) -> float:
+        """Mean harm when these blocks are given up."""
+        with cutting(self.model, self.contract, self._cut(gone)):
+            return self.harm_of(self.model)
+
     @torch.no_grad()
     def harm_of(self, other: nn.Module) -> float:
         """Mean harm when another model takes over, which speaks the same tokens."""

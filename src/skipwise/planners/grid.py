@@ -100,32 +100,51 @@ def curves(
     ends: Sequence[float],
     harm: Harm = by_divergence,
     *,
+    judge: Calibration | None = None,
     leaving: Leaving | None = None,
     light: Mapping[str, nn.Module] | None = None,
     most: int | None = None,
     at_once: int | None = None,
     on_progress: Callable[[int, int], None] | None = None,
 ) -> list[Curve]:
-    """A curve for every segment, of up to `most` skipped blocks; only (), where no forward falls.
+    """A curve for every segment, of up to `most` skipped blocks; a point that skips nothing, where no forward falls.
 
+    judge: other data, on which harm is measured, so that a segment's own order is not flattered by the data that it was
+    found on; the order over the whole trajectory, which is found on more, then competes with it in every segment.
     leaving: what skipped blocks leave behind while the next is chosen. light: models that may take a segment over, by
-    name. at_once: see `Search`. on_progress(done, total) counts blocks given up.
+    name. at_once: see `Search`. on_progress(done, total) counts segments.
     """
-    found = []
-    for number, (begin, end) in enumerate(spans(ends)):
+
+    def search(data: Calibration, begin: float, end: float) -> Search:
         left = leaving(begin, end) if leaving else None
-        search = Search(calibration, stack, begin=begin, end=end, harm=harm, left=left, at_once=at_once)
-        most = search.length if most is None else most
-        order, points = [], [Point(Cell(), 0.0)]
-        if search.batches:
-            points += [Point(Cell(model=name), search.harm_of(other)) for name, other in (light or {}).items()]
-            for block in search.first(most):
-                order.append(block)
-                points.append(Point(Cell(tuple(sorted(order))), search.costs[-1]))
-                if on_progress:
-                    on_progress(number * most + len(order), len(ends) * most)
-        found.append(Curve(tuple(points), tuple(order)))
+        return Search(data, stack, begin=begin, end=end, harm=harm, left=left, at_once=at_once)
+
+    parts = spans(ends)
+    whole = [(0.0, 1.0)] if judge and len(parts) > 1 else []
+    orders: list[tuple[int, ...]] = []
+    found = []
+    for number, (begin, end) in enumerate([*whole, *parts]):
+        own = search(calibration, begin, end)
+        order = tuple(own.first(own.length if most is None else most)) if own.batches else ()
+        if on_progress:
+            on_progress(number + 1, len(whole) + len(parts))
+        if number < len(whole):
+            orders.append(order)
+            continue
+        judged = search(judge, begin, end) if judge else own
+        points = {Cell(): 0.0}
+        if own.batches and judged.batches:
+            points |= {Cell(model=name): judged.harm_of(other) for name, other in (light or {}).items()}
+            points |= _along([order, *orders], judged, own.costs if judge is None else None)
+        found.append(Curve(tuple(Point(cell, value) for cell, value in points.items()), order))
     return found
+
+
+def _along(orders: Sequence[Sequence[int]], search: Search, costs: Sequence[float] | None) -> dict[Cell, float]:
+    """Cell -> harm for all that orders lead to; costs: those of the one order, if they are known."""
+    cells = list(dict.fromkeys(Cell(tuple(sorted(order[: k + 1]))) for order in orders for k in range(len(order))))
+    harms = costs if costs is not None else [search.harm_without(cell.blocks) for cell in cells]
+    return dict(zip(cells, harms, strict=True))
 
 
 def allocate(curves: Sequence[Curve], ends: Sequence[float], savings: Savings, budget: float) -> Grid:

@@ -72,11 +72,13 @@ class Scheduler:
         leaving = partial(fit_alone, self.calibration, self.stack) if self.stand_in == "linear" else None
         tell = partial(self.on_progress, f"{self.name}: order blocks") if self.on_progress else None
         most = max(1, math.ceil(self.deepest * self.shape.stacks[self.stack]))
+        one, other = self.calibration.halves() if len(self.ends) > 1 else (self.calibration, None)
         return curves(
-            self.calibration,
+            one,
             self.stack,
             self.ends,
             self.harm,
+            judge=other,
             leaving=leaving,
             light=self.light,
             most=most,
