@@ -25,6 +25,10 @@ Leaving = Callable[[float, float], Mapping[int, nn.Module]]
 SLACK = 1e-9  # 0.25 of 24 equal blocks is 6, whatever rounding says
 
 
+class BudgetError(UserError):
+    """More is to be saved than any grid saves."""
+
+
 @dataclass(frozen=True)
 class Cell:
     """How one segment is run: without some blocks, in ascending order, or by another model altogether."""
@@ -151,7 +155,7 @@ def allocate(curves: Sequence[Curve], ends: Sequence[float], savings: Savings, b
     """The grid that saves at least `budget` of the FLOPs and does the least harm, summed over the forwards.
 
     Exact, as curves need not be convex: of all that the first segments may save, only what nothing beats in both
-    saving and harm is carried on. Raises UserError, with the most that can be saved, when no grid saves so much.
+    saving and harm is carried on. Raises BudgetError, with the most that can be saved, when no grid saves so much.
     """
     ways: list[tuple[float, float, tuple[Cell, ...]]] = [(0.0, 0.0, ())]
     for curve, (begin, end) in zip(curves, spans(ends), strict=True):
@@ -161,7 +165,7 @@ def allocate(curves: Sequence[Curve], ends: Sequence[float], savings: Savings, b
     enough = [way for way in ways if way[0] >= budget - SLACK]
     if not enough:
         most = max(way[0] for way in ways)
-        raise UserError(f"No grid saves {budget:.1%} of the FLOPs; the most is {most:.1%}. Choose a smaller budget.")
+        raise BudgetError(f"No grid saves {budget:.1%} of the FLOPs; the most is {most:.1%}. Choose a smaller budget.")
     return Grid(tuple(ends), min(enough, key=lambda way: (way[1], -way[0]))[2])
 
 

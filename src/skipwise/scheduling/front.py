@@ -15,6 +15,7 @@ from skipwise.evaluation import Result, Row, calibration_texts, default_tasks, e
 from skipwise.evaluation.tasks import EvaluationTask, build_task
 from skipwise.examples import Size
 from skipwise.plan import Phase, Plan
+from skipwise.planners.grid import BudgetError
 from skipwise.planners.sandwich import PLACEMENTS, schedule
 from skipwise.sampling.others import load_others
 from skipwise.scheduling.scheduler import Scheduler, harm_for
@@ -70,13 +71,14 @@ def find_front(
     self-scheduled with the light model in reserve. tasks: as for `evaluate`; calibrate_on: the same tasks on the
     calibration split, to be given where tasks are not names. light: another model, as `skipwise.load` takes it, or a
     key of `others`. examples: a task, on the test split. on_progress(what, done, total).
-    Raises UserError when the model is no masked diffusion model or no kind can save the budgets.
+    Raises UserError when the model is no masked diffusion model, and BudgetError when no kind saves any of the budgets.
     """
     settings = settings or FrontSettings()
     listed = list(tasks or default_tasks(tokenizer))
-    plans = list(_Candidates(model, tokenizer, listed, settings, calibrate_on, light, others, on_progress).plans())
-    if not any(plan.made_by.method == "grid" for plan in plans):
-        raise UserError(f"No schedule saves {min(settings.budgets):.1%} of the FLOPs; choose smaller budgets.")
+    candidates = _Candidates(model, tokenizer, listed, settings, calibrate_on, light, others, on_progress)
+    plans = list(candidates.plans())
+    if not plans:
+        raise candidates.unmet[0][2]
     tell = (lambda done, total: on_progress("evaluate", done, total)) if on_progress else None
     result = evaluate(
         model,
@@ -89,7 +91,9 @@ def find_front(
         others=others,
         on_progress=tell,
     )
-    return result.model_copy(update={"settings": result.settings | {"front": asdict(settings)}})
+    unmet = [f"{kind} cannot save {budget:g}" for kind, budget, _ in candidates.unmet]
+    told = {"front": asdict(settings) | {"unmet": unmet}}
+    return result.model_copy(update={"settings": result.settings | told})
 
 
 class _Candidates:
@@ -110,6 +114,7 @@ class _Candidates:
         self.tasks = list(calibrate_on or _on_calibration(tasks, settings))
         self.light = _light(model, tokenizer, light, others)
         self.visited = visit(model, tokenizer, self.tasks, most=settings.moments)
+        self.unmet: list[tuple[str, float, BudgetError]] = []  # (kind, budget, what it says)
         self.texts = [task for task in tasks if isinstance(task, str)] or None
 
     def plans(self) -> Iterator[Plan]:
@@ -124,8 +129,8 @@ class _Candidates:
             for budget in self.settings.budgets:
                 try:
                     yield scheduler.plan(budget)
-                except UserError:  # more than this kind can save
-                    continue
+                except BudgetError as error:
+                    self.unmet.append((scheduler.name, budget, error))
         for budget in self.settings.budgets:
             yield from self._placed(kinds[0], budget)
 

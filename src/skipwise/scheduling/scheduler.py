@@ -55,10 +55,10 @@ class Scheduler:
         self._fitted: dict[tuple[float, float, tuple[int, ...]], list[tuple[int, str, Tensor]]] = {}
 
     def plan(self, budget: float) -> Plan:
-        """The plan that saves at least `budget` of all-in FLOPs. Raises UserError when no grid saves so much."""
+        """The plan that saves at least `budget` of all-in FLOPs. Raises BudgetError when no grid saves so much."""
         savings = Savings(self.calibration.share, self._saved)
         grid = allocate(self.curves, self.ends, savings, budget)
-        scores: dict[str, Any] = {"harm": self._harms(grid)}
+        scores: dict[str, Any] = {"harm_before_search": self._harms(grid)}
         if self.trials:
             settings = {"trials": self.trials, "seed": self.seed}
             found = improve(grid, self.curves, self._worth, savings, budget, **settings)
