@@ -11,12 +11,12 @@ from torch import nn
 
 import skipwise as sw
 from skipwise.blocks import find_contract
-from skipwise.evaluation import difference, task_names
-from skipwise.evaluation.measure import Measured, interval, resamples, retention_draws
+from skipwise.evaluation import Interval, Row, Score, difference, perplexity_ratio, task_names
+from skipwise.evaluation.measure import Measured, interval, resamples, retention, retention_draws
 from skipwise.evaluation.tasks import build_task, calibration_texts, default_tasks
 from skipwise.evaluation.text import TextTask
 from skipwise.evaluation.texts import documents, names
-from skipwise.plan import Plan
+from skipwise.plan import Phase, Plan
 from skipwise.sampling import Denoiser
 from skipwise.zoo.tasks import TASKS, distinct_examples, examples, split_of
 from tests.tiny_models import ROWS
@@ -228,3 +228,53 @@ def test_zoo_models_solve_every_task(name: str) -> None:
     scores = {task: score.value.value for task, score in result.rows[0].scores.items()}
     assert scores.keys() == TASKS.keys()
     assert min(scores.values()) >= 0.95, scores
+
+
+def test_perplexities_are_compared_in_pairs() -> None:
+    """The ratio is that of the perplexities; what two rows share in every example does not widen its interval."""
+    rng = np.random.default_rng(0)
+    hard = rng.uniform(100, 400, 64)  # how hard each sample is, for both
+
+    def row(nll: np.ndarray) -> Row:
+        measured = Measured("generative perplexity", nll, np.full(64, 100.0), perplexity=True)
+        zero = Interval(value=measured.value, low=0, high=0)
+        score = Score(metric=measured.metric, value=zero, examples=64, parts=measured.parts)
+        return Row(
+            plan=None, method="x", k=0, saved_block_flops=0, saved_all_in_flops=0, seconds=0, scores={"writing": score}
+        )
+
+    found = perplexity_ratio(row(hard + 10), row(hard), "writing")
+    assert found.value == pytest.approx(np.exp(0.1), rel=1e-3)
+    assert found.high - found.low < 0.01
+    noisy = perplexity_ratio(row(hard[::-1] + 10), row(hard), "writing")
+    assert noisy.high - noisy.low > 0.1
+    with pytest.raises(sw.UserError, match="has no perplexity of reading"):
+        perplexity_ratio(row(hard), row(hard), "reading")
+
+
+def test_retention_of_a_perplexity_is_the_other_way_round() -> None:
+    ones = np.ones(4)
+    whole = Measured("generative perplexity", np.log(2.0) * ones, ones, perplexity=True)
+    worse = Measured("generative perplexity", np.log(4.0) * ones, ones, perplexity=True)
+    assert retention(worse, whole) == pytest.approx(0.5)
+    assert retention_draws(worse, whole, resamples(4, 0)) == pytest.approx(0.5)
+    right, wrong = Measured("exact match", ones, ones), Measured("exact match", ones / 2, ones)
+    assert retention(wrong, right) == pytest.approx(0.5)
+
+
+def test_phases_are_followed_by_tasks(dllm) -> None:  # type: ignore[no-untyped-def]
+    """A plan that skips everything at the end spares the start; FLOPs are those of the forwards that were made."""
+    model, tokenizer = dllm
+    shape = find_contract(model).shape
+    stack = find_contract(model).main_stack
+    phases = (Phase(until=0.5, skip={stack: tuple(range(8, 20))}), Phase())
+    late = (Phase(until=0.5), Phase(skip={stack: tuple(range(8, 20))}))
+    plans = [Plan(model=shape, phases=p) for p in (phases, late)]
+    result = sw.evaluate(model, tokenizer, ["reverse", "chain"], plans, examples=20)
+    first, second = result.rows[1:]
+    assert first.scores["reverse"].value != second.scores["reverse"].value
+    # reverse: 4 of 7 steps begin before the middle; chain: 2 of 3
+    reverse, chain = (sw.evaluate(model, tokenizer, [task], plans, examples=20) for task in ("reverse", "chain"))
+    assert reverse.rows[1].saved_block_flops == pytest.approx(0.5 * 4 / 7)
+    assert reverse.rows[2].saved_block_flops == pytest.approx(0.5 * 3 / 7)
+    assert chain.rows[1].saved_block_flops == pytest.approx(0.5 * 2 / 3)

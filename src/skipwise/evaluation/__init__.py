@@ -1,7 +1,7 @@
 """Judging a model under plans: tasks, paired retention with confidence intervals, and the Result they end in."""
 
 from skipwise.evaluation.evaluate import evaluate
-from skipwise.evaluation.measure import difference
+from skipwise.evaluation.measure import difference, perplexity_ratio
 from skipwise.evaluation.result import Interval, Result, Row, Score
 from skipwise.evaluation.tasks import calibration_texts, default_tasks, task_names
 
@@ -14,5 +14,6 @@ __all__ = [
     "default_tasks",
     "difference",
     "evaluate",
+    "perplexity_ratio",
     "task_names",
 ]

@@ -118,7 +118,7 @@ class _Judge:
                 measured[task.name] = task.run(denoiser, self.tokenizer)
                 self.ticker.tick()
         seconds = time.perf_counter() - began
-        taken = sum(account(denoiser, self.tokens).values(), Share())
+        taken = sum(account(denoiser).values(), Share())
         if taken.forwards:
             return _Run(measured, taken.block_flops, taken.all_in_flops, seconds)
         # an autoregressive model decodes by itself, under a static plan
@@ -150,6 +150,7 @@ class _Judge:
                     examples=metric.examples,
                     retention=kept,
                     outcomes=metric.outcomes,
+                    parts=metric.parts if place == 0 else None,
                 )
         return Row(
             plan=plan,

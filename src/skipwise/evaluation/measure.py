@@ -40,6 +40,14 @@ class Measured:
         return "".join("01"[int(right)] for right in self.numerators)
 
     @property
+    def parts(self) -> tuple[tuple[float, float], ...] | None:
+        """(numerator, denominator) of every example, of a metric that is not right or wrong."""
+        if self.outcomes is not None:
+            return None
+        pairs = zip(self.numerators.tolist(), self.denominators.tolist(), strict=True)
+        return tuple((round(above, 4), round(below, 6)) for above, below in pairs)
+
+    @property
     def value(self) -> float:
         """The score on all examples, each once."""
         return float(self.score(np.ones((1, self.examples)))[0])
@@ -75,6 +83,25 @@ def difference(first: Row, second: Row, seed: int = 0) -> Interval:
     if not draws:
         raise UserError("The two rows have no task in common whose answers are right or wrong.")
     return interval(float(np.mean(values)), np.mean(draws, axis=0))
+
+
+def perplexity_ratio(first: Row, second: Row, task: str, seed: int = 0) -> Interval:
+    """Perplexity of `first` over that of `second` on a task, in pairs of examples; below 1 the first is better.
+
+    Raises UserError when either row lacks the task's examples, or they are not as many.
+    """
+    found = []
+    for row in (first, second):
+        score = row.scores.get(task)
+        if score is None or score.parts is None or not score.metric.endswith("perplexity"):
+            raise UserError(f"{row.method} has no perplexity of {task} for every example; evaluate it again.")
+        above, below = np.array(score.parts).T
+        found.append(Measured(score.metric, above, below, perplexity=True))
+    ours, theirs = found
+    if ours.examples != theirs.examples:
+        raise UserError(f"{task} has {ours.examples} and {theirs.examples} examples; use equal ones.")
+    counts = resamples(ours.examples, seed)
+    return interval(ours.value / theirs.value, ours.score(counts) / theirs.score(counts))
 
 
 def retention(under_plan: Measured, whole: Measured) -> float:

@@ -28,9 +28,12 @@ class Interval(_Frozen):
 class Score(_Frozen):
     """What a model scored on one task under one plan.
 
-    `metric` is "exact match" or "next-token accuracy" (fractions, higher is better) or "perplexity" (lower is better).
-    `retention` is the score under the plan over the score without one, on the same examples. `outcomes` of a metric
+    `metric` is "exact match", "next-token accuracy", "distinct-2" and the like (fractions, higher is better),
+    "perplexity" or "generative perplexity" (lower is better), "token entropy" (nats) or "tokens scored".
+    `retention` is the score under the plan over the score without one, on the same examples; of a perplexity the other
+    way round. `outcomes` of a metric
     that is right or wrong: "1" or "0" for every example in order, so that any two rows can be compared in pairs.
+    `parts` of a task's first metric that is not: numerator and denominator of every example, for the same purpose.
     """
 
     metric: str
@@ -38,6 +41,12 @@ class Score(_Frozen):
     examples: int
     retention: Interval | None = None
     outcomes: str | None = None
+    parts: tuple[tuple[float, float], ...] | None = None
+
+    @property
+    def is_fraction(self) -> bool:
+        """Whether the score can be written as a percentage."""
+        return not self.metric.endswith(("perplexity", "entropy", "scored"))
 
 
 class Row(_Frozen):

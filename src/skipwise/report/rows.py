@@ -87,6 +87,6 @@ def scores_of(rows: Sequence[Row], label: str) -> str:
         return "-"
     values = [score.value.value for score in scores]
     single = scores[0].value if len(scores) == 1 else Interval(value=fmean(values), low=min(values), high=max(values))
-    if scores[0].metric == "perplexity":
+    if not scores[0].is_fraction:
         return f"{single.value:.4g} ({single.low:.4g} to {single.high:.4g})"
     return spread(single)

@@ -18,7 +18,7 @@ def baseline(result: Result) -> str:
     """What the whole model scores."""
     parts = []
     for task, score in whole_row(result).scores.items():
-        shown = f"{score.value.value:.4g}" if score.metric == "perplexity" else percent(score.value.value)
+        shown = percent(score.value.value) if score.is_fraction else f"{score.value.value:.4g}"
         parts.append(f"{task} {shown} ({score.metric}, {score.examples} examples)")
     return f"Without a plan {result.name} scores: " + "; ".join(parts) + "."
 

@@ -13,10 +13,10 @@ from skipwise.report.rows import Point, points, whole_row
 def table(result: Result) -> Table:
     """One row a method and number of skipped blocks; several random plans are a mean, with lowest and highest.
 
-    All numbers but perplexities are percentages. A perplexity stands below its document's token accuracy.
+    Fractions are percentages. A text's perplexity stands below its token accuracy.
     """
     whole = whole_row(result)
-    tasks = [label for label, score in whole.scores.items() if score.metric != "perplexity"]
+    tasks = [label for label in whole.scores if " (" not in label]  # further metrics stand below or in the page
     title = f"{result.name}: score by task and retention (95% interval, or range of plans), in %"
     shown = Table(title=title, box=box.SIMPLE_HEAD, pad_edge=False, title_justify="left")
     for column in ("method", "k", "FLOPs saved,\nblock/all-in", *tasks, "retention"):
@@ -37,7 +37,8 @@ def _retention(point: Point) -> str:
 
 def _score(rows: Sequence[Row], task: str) -> str:
     """`97.0`, and `ppl 23.1` below it where there is one."""
-    values = [f"{100 * fmean(row.scores[task].value.value for row in rows):.1f}"]
+    mean = fmean(row.scores[task].value.value for row in rows)
+    values = [f"{100 * mean:.1f}" if rows[0].scores[task].is_fraction else f"{mean:.4g}"]
     label = f"{task} (perplexity)"
     if label in rows[0].scores:
         values.append(f"ppl {fmean(row.scores[label].value.value for row in rows):.4g}")

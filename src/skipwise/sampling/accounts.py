@@ -28,19 +28,19 @@ class Share:
 Shares = dict[str | None, Share]  # by the name that the plan gives a model; None is the plan's own
 
 
-def shares(forwards: Iterable[Forward], prices_of: Callable[[str | None], Prices]) -> Shares:
-    """The share of each model that ran. prices_of: a model's name -> its prices for one row."""
+def shares(forwards: Iterable[Forward], prices_of: Callable[[str | None, int], Prices]) -> Shares:
+    """The share of each model that ran. prices_of: a model's name and a number of tokens -> its prices for one row."""
     found: Shares = {}
     prices_of = cache(prices_of)
-    whole = prices_of(None).forward().flops
     for forward in forwards:
         name, cut, rows = forward.running.model, forward.running.cut, forward.rows
-        prices, gone = prices_of(name), (cut.skipped, cut.linear)
+        prices, gone = prices_of(name, forward.tokens), (cut.skipped, cut.linear)
         blocks, all_in = prices.of_blocks(*gone).flops, prices.forward(*gone).flops
+        whole = prices_of(None, forward.tokens).forward().flops
         found[name] = found.get(name, Share()) + Share(1, rows, rows * blocks, rows * all_in, rows * whole)
     return found
 
 
-def account(denoiser: Denoiser, tokens: int) -> Shares:
-    """The share of each model that a denoiser ran, on rows of `tokens` tokens."""
-    return shares(denoiser.forwards, lambda name: price_blocks(denoiser.named(name), Size(tokens=tokens)))
+def account(denoiser: Denoiser) -> Shares:
+    """The share of each model that a denoiser ran."""
+    return shares(denoiser.forwards, lambda name, tokens: price_blocks(denoiser.named(name), Size(tokens=tokens)))

@@ -38,10 +38,11 @@ class Running:
 
 @dataclass(frozen=True)
 class Forward:
-    """One call of a model as it happened: what ran, and how many sequences it saw."""
+    """One call of a model as it happened: what ran, how many sequences it saw, and of how many tokens each."""
 
     running: Running
     rows: int
+    tokens: int
 
 
 @dataclass
@@ -86,7 +87,7 @@ class Denoiser:
         running = self.at(step.progress)
         if self.on_step is not None:
             self.on_step(step)
-        self.forwards.append(Forward(running, len(inputs)))
+        self.forwards.append(Forward(running, *inputs.shape))
         return self.named(running.model)(input_ids=inputs, attention_mask=attention_mask, **others).logits
 
     def border(self, progress: float) -> float:

@@ -170,7 +170,7 @@ def _diffuse(
         sequences = family.decode(denoiser, input_ids, settings, attention_mask)
         _synchronize(sequences.device)
         seconds = time.perf_counter() - began
-    shares = account(denoiser, input_ids.shape[1] + settings.gen_length)
+    shares = account(denoiser)
     total = sum(shares.values(), Share())
     return Generated(
         sequences,

@@ -48,7 +48,7 @@ class Follower:
         """What the forwards so far took, by model. FLOPs are those of the first inputs that each model saw."""
         return shares(self.forwards, self._prices)
 
-    def _prices(self, name: str | None) -> Prices:
+    def _prices(self, name: str | None, tokens: int) -> Prices:
         rows, example = self._inputs[name if name in self._inputs else next(iter(self._inputs))]
         prices = price_blocks(self.denoiser.named(name), example=example)
         return prices.per_row(rows)
@@ -62,7 +62,7 @@ class Follower:
             return
         rows = len(first)
         self._inputs.setdefault(self.running.model, (rows, given))
-        self.forwards.append(Forward(self.running, rows))
+        self.forwards.append(Forward(self.running, rows, 0))
 
 
 @contextmanager

@@ -3,7 +3,7 @@
 import json
 import math
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from safetensors.torch import save
@@ -15,7 +15,7 @@ from skipwise.files import write_atomically, write_bytes_atomically
 from skipwise.loading import load
 from skipwise.models.dream import SHARED, DreamConfig, DreamModel
 from skipwise.models.llada import LLaDAConfig, LLaDAModelLM, official_state_dict
-from skipwise.models.mdlm import MDLM, MDLMConfig
+from skipwise.models.mdlm import MDLM, MDLMBlock, MDLMConfig
 from skipwise.zoo.recipes import Recipe
 from skipwise.zoo.tokenizer import build_tokenizer
 
@@ -39,7 +39,7 @@ def build_model(recipe: Recipe, seed: int, parent: str | None = None) -> ZooMode
         return _continued(parent or recipe.parent)
     torch.manual_seed(seed)
     if recipe.corpus == "english":
-        return MDLM(_mdlm_config(recipe))
+        return _settle(MDLM(_mdlm_config(recipe)), recipe)
     model: LLaDAModelLM | LlamaForCausalLM
     if recipe.objective == "masked_diffusion":
         model = LLaDAModelLM(LLaDAConfig(mask_token_id=build_tokenizer().mask_token_id, **_llama_settings(recipe)))
@@ -59,6 +59,30 @@ def _mdlm_config(recipe: Recipe) -> MDLMConfig:
         n_heads=recipe.heads,
         dropout=0.0,
     )
+
+
+@torch.no_grad()
+def _settle(model: MDLM, recipe: Recipe) -> MDLM:
+    """Every block takes part from the start, and what tells it the noise level, which is always 0 here, is not trained.
+
+    Gates that begin at zero and rates that multiply through the conditioning cost the deep model its lead.
+    """
+    width, branch_end = recipe.width, (2 * recipe.blocks) ** -0.5
+    nn.init.normal_(model.vocab_embed.embedding, std=1.0)
+    for block in cast(list[MDLMBlock], model.blocks):
+        for linear, scale in (
+            (block.attn_qkv, 1.0),
+            (block.attn_out, branch_end),
+            (cast(nn.Linear, block.mlp[0]), 1.0),
+            (cast(nn.Linear, block.mlp[2]), branch_end),
+        ):
+            nn.init.normal_(linear.weight, std=scale * linear.in_features**-0.5)
+        for gate in (2, 5):  # of shift, scale and gate of the attention, and of the MLP
+            block.adaLN_modulation.bias[gate * width : (gate + 1) * width] = 1.0
+    for conditioning in (model.sigma_map, *(m for n, m in model.named_modules() if n.endswith("adaLN_modulation"))):
+        for name, parameter in conditioning.named_parameters():
+            parameter.requires_grad_(conditioning is not model.sigma_map and name == "bias")
+    return model
 
 
 def _llama_settings(recipe: Recipe) -> dict[str, Any]:

@@ -30,7 +30,7 @@ def build_optimizers(model: nn.Module, recipe: Recipe) -> list[torch.optim.Optim
         id(p) for name, p in blocks_of(model).named_parameters() if p.ndim == 2 and "adaLN_modulation" not in name
     }
     matrices = [p for p in model.parameters() if id(p) in inside]
-    others = [p for p in model.parameters() if id(p) not in inside]
+    others = [p for p in model.parameters() if id(p) not in inside and p.requires_grad]
     return [
         torch.optim.Muon(matrices, lr=recipe.learning_rate, weight_decay=0.01, adjust_lr_fn="match_rms_adamw"),
         torch.optim.AdamW(others, lr=recipe.learning_rate / 2, betas=(0.9, 0.98), weight_decay=0.0),
