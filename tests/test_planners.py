@@ -134,9 +134,9 @@ def test_greedy_beside_plain_removal(toy: Calibration) -> None:
 
 
 def test_greedy_tests_all_blocks_for_half_of_the_evaluations(toy: Calibration) -> None:
-    from skipwise.planners.greedy import _Search
+    from skipwise.planners.greedy import Search
 
-    search = _Search(toy, STACK, False)
+    search = Search(toy, STACK)
     next(search.order())
     naive = 8 * 7 * len(search.batches)
     assert search.evaluated == (8 + 28) * len(search.batches) < 0.65 * naive

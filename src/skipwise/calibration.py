@@ -6,9 +6,9 @@ trajectory that is, 0 = all noise to 1 = done, is the share of tokens that is kn
 
 import hashlib
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
-from typing import Any, TypeVar
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any, Self, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -79,6 +79,30 @@ def divergence(target: Tensor, found: Tensor) -> Tensor:
     return (target.exp() * (target - found)).sum(-1)
 
 
+# (batch, log-probabilities of the whole model, and of the one that is cut) -> (n,), whose mean is the harm done
+Harm = Callable[[Batch, Tensor, Tensor], Tensor]
+TIES = 1e-3  # how much what is not committed yet counts beside what is
+
+
+def by_divergence(batch: Batch, target: Tensor, found: Tensor) -> Tensor:
+    """KL(whole || cut) of every predicted token, in nats."""
+    return divergence(target, found)
+
+
+def by_commitment(batch: Batch, target: Tensor, found: Tensor) -> Tensor:
+    """KL(whole || cut) in nats at the one position of every row that the cut model would commit next.
+
+    Which is the one it is most confident of, as LLaDA and Dream decode. What it thinks of other positions does no harm
+    yet, and taking them in another order does little. Every row of the batch predicts a token or more.
+    """
+    rows, confidence = batch.predicted.nonzero()[:, 0], found.max(-1).values
+    best = confidence.new_full((len(batch.inputs),), -torch.inf).scatter_reduce(0, rows, confidence, "amax")
+    places = torch.arange(len(rows), device=rows.device).where(confidence == best[rows], len(rows))
+    first = places.new_full((len(batch.inputs),), len(rows)).scatter_reduce(0, rows, places, "amin")
+    everywhere = divergence(target, found)
+    return everywhere[first] + TIES * everywhere.mean()
+
+
 @dataclass
 class Calibration:
     """A model and the data that methods may run it on. `seed` draws what is masked; an epoch draws anew."""
@@ -111,10 +135,59 @@ class Calibration:
                 batch = _noised(ids, group[0].prompt, mask_token(self.model), begin, end, generator)
             yield Batch(batch.inputs.to(device), batch.predicted.to(device))
 
+    def halves(self) -> tuple[Self, Self]:
+        """Every second sample, and the others: one to choose on, one to see what the choice is worth.
+
+        Raises UserError when there is one sample alone.
+        """
+        if len(self.samples) < 2:
+            raise UserError("There is one text to calibrate on, and two are needed; give more texts.")
+        return replace(self, samples=self.samples[::2]), replace(self, samples=self.samples[1::2])
+
+    def share(self, begin: float, end: float) -> float:
+        """The part of a trajectory's forwards that is made at progress `begin` to `end`."""
+        return end - begin
+
     def _groups(self) -> Iterator[Sequence[Sample]]:
-        for alike in equal_shapes(self.samples):
-            for start in range(0, len(alike), self.batch_size):
-                yield alike[start : start + self.batch_size]
+        return _batched(equal_shapes(self.samples), self.batch_size)
+
+
+@dataclass(frozen=True)
+class Moment(Sample):
+    """A sequence as the model saw it while it was decoded, masks and all, at some progress of the trajectory."""
+
+    progress: float = 0.0
+
+
+@dataclass
+class Visited(Calibration):
+    """Moments of real trajectories (`skipwise.scheduling.visit`) in the place of texts that are masked at random.
+
+    A sampler that commits what it is sure of first sees other sequences than random masks make: with the model's own
+    tokens, the easy ones first. An epoch draws nothing anew.
+    """
+
+    samples: Sequence[Moment]
+
+    def batches(self, begin: float = 0.0, end: float = 1.0, epoch: int = 0) -> Iterator[Batch]:
+        """The moments at progress `begin` to `end`; what is masked in them is predicted."""
+        mask, device = mask_token(self.model), next(self.model.parameters()).device
+        for group in _batched(equal_shapes(self._between(begin, end)), self.batch_size):
+            inputs = torch.tensor([moment.ids for moment in group], device=device)
+            yield Batch(inputs, inputs == mask)
+
+    def share(self, begin: float, end: float) -> float:
+        """The part of all tokens that went through the model at progress `begin` to `end`."""
+        return sum(len(m.ids) for m in self._between(begin, end)) / sum(len(m.ids) for m in self.samples)
+
+    def _between(self, begin: float, end: float) -> list[Moment]:
+        return [m for m in self.samples if begin <= m.progress and (m.progress < end or end == 1.0)]
+
+
+def _batched(groups: Sequence[Sequence[AnySample]], size: int) -> Iterator[Sequence[AnySample]]:
+    for group in groups:
+        for start in range(0, len(group), size):
+            yield group[start : start + size]
 
 
 def _causal(ids: Tensor, prompt: int) -> Batch:

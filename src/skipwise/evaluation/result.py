@@ -94,9 +94,13 @@ class Result(_Frozen):
 
     @classmethod
     def load(cls, path: str | Path) -> "Result":
-        """Read a result. Raises UserError, in one line, for anything else."""
+        """Read a result, whose plans find their companions in `plans` beside it. Raises UserError for anything else."""
         try:
-            return cls.model_validate(json.loads(Path(path).read_text(encoding="utf-8")))
+            result = cls.model_validate(json.loads(Path(path).read_text(encoding="utf-8")))
+            for row in result.rows:
+                if row.plan is not None:
+                    row.plan._folder = Path(path).parent / "plans"
+            return result
         except (OSError, ValueError, ValidationError) as error:
             problems = error.errors() if isinstance(error, ValidationError) else []
             reason = problems[0]["msg"] if problems else str(error).splitlines()[0]

@@ -7,17 +7,19 @@ towards the state that the whole model has behind it, so that a stand-in also ma
 import inspect
 from collections.abc import Callable
 from contextlib import suppress
+from itertools import pairwise
 from typing import Any, get_args
 
 import torch
 from torch import Tensor, nn
 
+from skipwise.analysis.states import StateReader
 from skipwise.blocks import bind, find_contract, module_list
 from skipwise.calibration import Batch, Calibration
 from skipwise.errors import UserError, unknown
 from skipwise.plan import Phase, Plan
 from skipwise.skipping import Cut, check_stand_ins, cutting
-from skipwise.stand_ins import Moments, StandInKind, build, key
+from skipwise.stand_ins import Linear, Moments, StandInKind, build, key
 
 
 @torch.no_grad()
@@ -60,6 +62,30 @@ def fit_stand_ins(
         if on_progress:
             on_progress(done + 1, len(work))
     return plan.with_stand_ins(kind, tensors)
+
+
+@torch.no_grad()
+def fit_alone(
+    calibration: Calibration, stack: str, begin: float = 0.0, end: float = 1.0, *, ridge: float = 1e-3, epochs: int = 1
+) -> dict[int, nn.Module]:
+    """Block -> the linear map that would stand in for it if it alone were skipped at progress `begin` to `end`.
+
+    To choose blocks by, before `fit_stand_ins` fits those that are chosen one upon the other; a single pass for all
+    blocks. Empty where no forward falls. Raises UserError for stacks whose blocks cannot leave anything behind.
+    """
+    contract = find_contract(calibration.model)
+    check_stand_ins(contract.stacks[stack])
+    reader = StateReader(calibration.model, contract.stacks[stack])
+    moments: dict[int, Moments] = {}
+    with reader.reading():
+        for epoch in range(epochs):
+            for batch in calibration.batches(begin, end, epoch):
+                calibration.model(input_ids=batch.inputs)
+                for block, (before, behind) in enumerate(pairwise(reader.take())):
+                    known = moments.setdefault(block, Moments(before.shape[-1]))
+                    known.add(before.flatten(0, 1), (behind - before).flatten(0, 1))
+    like = next(p for p in calibration.model.parameters() if p.is_floating_point())
+    return {block: Linear(*(tensor.to(like) for tensor in known.linear(ridge))) for block, known in moments.items()}
 
 
 def _blocks(phase: Phase) -> list[tuple[str, int]]:

@@ -5,6 +5,7 @@ import io
 from collections.abc import Mapping, Sequence
 
 import numpy as np
+from matplotlib import rc_context
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from torch import Tensor
@@ -18,7 +19,8 @@ COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
 INK = "#333333"
 
 
-def _figure(width: float, height: float) -> tuple[Figure, Axes]:
+def new_figure(width: float, height: float) -> tuple[Figure, Axes]:
+    """An empty figure in the page's style; sizes in inches."""
     figure = Figure(figsize=(width, height), layout="constrained")
     axes = figure.add_subplot()
     axes.tick_params(colors=INK, labelsize=9)
@@ -27,10 +29,13 @@ def _figure(width: float, height: float) -> tuple[Figure, Axes]:
     return figure, axes
 
 
-def _uri(figure: Figure, form: str) -> str:
+def data_uri(figure: Figure, form: str) -> str:
+    """The figure as an image that a page can hold; form: "svg" or "png"."""
     buffer = io.BytesIO()
     # neither carries a date, so that the same numbers give the same page
-    figure.savefig(buffer, format=form, dpi=110, facecolor="white", metadata={"Date": None} if form == "svg" else None)
+    metadata = {"Date": None} if form == "svg" else None
+    with rc_context({"svg.hashsalt": "skipwise"}):  # nor random names of its parts
+        figure.savefig(buffer, format=form, dpi=110, facecolor="white", metadata=metadata)
     kind = "image/svg+xml" if form == "svg" else "image/png"
     return f"data:{kind};base64,{base64.b64encode(buffer.getvalue()).decode()}"
 
@@ -38,18 +43,18 @@ def _uri(figure: Figure, form: str) -> str:
 def similarity_map(similarity: Tensor) -> str:
     """(n+1, n+1) cosines of boundary states -> heat map."""
     values = similarity.numpy()
-    figure, axes = _figure(5.4, 4.6)
+    figure, axes = new_figure(5.4, 4.6)
     low = max(-1.0, float(np.nanmin(values)) if np.isfinite(values).any() else 0.0)
     image = axes.imshow(values, cmap="viridis", vmin=low, vmax=1.0, origin="lower", interpolation="nearest")
     axes.set_xlabel("state after block (0 = input of the first)")
     axes.set_ylabel("state after block")
     figure.colorbar(image, ax=axes, label="mean cosine similarity", shrink=0.85)
-    return _uri(figure, "png")
+    return data_uri(figure, "png")
 
 
 def grid_map(values: Tensor, rows: Tensor, row_label: str, label: str) -> str:
     """(rows, blocks) statistics by denoising progress or noise level -> heat map."""
-    figure, axes = _figure(5.4, 3.2)
+    figure, axes = new_figure(5.4, 3.2)
     # update norms span decades: the first blocks' are many times larger than the rest
     norm = "log" if "norm" in label and float(values.min()) > 0 else None
     image = axes.imshow(values.numpy(), cmap="magma", norm=norm, aspect="auto", origin="lower", interpolation="nearest")
@@ -57,12 +62,12 @@ def grid_map(values: Tensor, rows: Tensor, row_label: str, label: str) -> str:
     axes.set_ylabel(row_label)
     axes.set_yticks(range(len(rows)), [f"{float(row):.2f}" for row in rows])
     figure.colorbar(image, ax=axes, label=label, shrink=0.9)
-    return _uri(figure, "png")
+    return data_uri(figure, "png")
 
 
 def by_depth(update_norm: Tensor, similarity: Tensor) -> str:
     """Relative update norm and successive cosine of one model, block by block."""
-    figure, axes = _figure(5.4, 3.2)
+    figure, axes = new_figure(5.4, 3.2)
     axes.bar(range(len(update_norm)), update_norm.numpy(), color=COLOURS[0], alpha=0.8, label="update norm")
     axes.set_xlabel("block")
     axes.set_yscale("log")
@@ -71,19 +76,19 @@ def by_depth(update_norm: Tensor, similarity: Tensor) -> str:
     other.plot(similarity.numpy(), color=COLOURS[1], marker="o", markersize=3, label="cosine")
     other.set_ylabel("cosine of input and output", color=COLOURS[1])
     other.spines["top"].set_visible(False)
-    return _uri(figure, "svg")
+    return data_uri(figure, "svg")
 
 
 def profiles(values: Mapping[str, Tensor], label: str) -> str:
     """Named statistics (blocks or boundary states,) over relative depth, one line each."""
-    figure, axes = _figure(5.4, 3.2)
+    figure, axes = new_figure(5.4, 3.2)
     for i, (name, line) in enumerate(values.items()):
         depth = np.linspace(0, 1, len(line))
         axes.plot(depth, line.numpy(), color=COLOURS[i % len(COLOURS)], marker="o", markersize=3, label=name)
     axes.set_xlabel("relative depth")
     axes.set_ylabel(label)
     axes.legend(frameon=False, fontsize=9)
-    return _uri(figure, "svg")
+    return data_uri(figure, "svg")
 
 
 def models_by_depth(analyses: Sequence[Analysis]) -> str:
@@ -104,12 +109,12 @@ def models_by_depth(analyses: Sequence[Analysis]) -> str:
         axes.set_xlabel("relative depth")
         axes.spines[["top", "right"]].set_visible(False)
     left.legend(frameon=False, fontsize=9)
-    return _uri(figure, "svg")
+    return data_uri(figure, "svg")
 
 
 def retention_by_saving(results: Sequence[Result]) -> str:
     """Retention against block FLOPs saved, one line a model and method, with intervals or ranges."""
-    figure, axes = _figure(9.2, 4.2)
+    figure, axes = new_figure(9.2, 4.2)
     for i, result in enumerate(results):
         for j, method in enumerate(methods(result)):
             found = of_method(result, method).values()
@@ -133,4 +138,4 @@ def retention_by_saving(results: Sequence[Result]) -> str:
     axes.set_ylabel("retention (% of the whole model's score)")
     axes.set_ylim(bottom=0)
     axes.legend(frameon=False, fontsize=9, loc="center left", bbox_to_anchor=(1.01, 0.5))
-    return _uri(figure, "svg")
+    return data_uri(figure, "svg")

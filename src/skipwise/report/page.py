@@ -11,9 +11,10 @@ from skipwise.analysis.record import Analysis
 from skipwise.errors import UserError
 from skipwise.evaluation.result import Result
 from skipwise.files import write_atomically
-from skipwise.report import figures
+from skipwise.report import figures, schedules
 from skipwise.report.rows import percent, scores_of, spread, whole_row
 from skipwise.report.summary import summarize
+from skipwise.scheduling.front import front
 
 
 @dataclass(frozen=True)
@@ -45,7 +46,8 @@ def render(results: Sequence[Result], analyses: Sequence[Analysis]) -> str:
     return environment.get_template("page.html.jinja").render(
         names=names,
         summary=summarize(results, analyses),
-        comparison=_comparison(results, analyses),
+        comparison=_comparison([r for r in results if not schedules.has_schedules(r)], analyses),
+        schedules=[(r.name, _front_pictures(r), _grid_pictures(r)) for r in results if schedules.has_schedules(r)],
         models=[(a.name, a.kind, _pictures(a)) for a in analyses],
         tables=[_table(result) for result in results],
         provenance=[*map(_provenance, results), *map(_provenance, analyses)],
@@ -74,6 +76,37 @@ def _comparison(results: Sequence[Result], analyses: Sequence[Analysis]) -> list
                 "size of its update relative to its input, by relative depth.",
             )
         )
+    return pictures
+
+
+def _front_pictures(result: Result) -> list[Picture]:
+    bars = "Error bars: 95% bootstrap interval; dotted: 95%; the line joins the plans that no other beats in both."
+    counted = "Retention against all-in FLOPs saved, as counted over the forwards that were made."
+    timed = "Retention against measured seconds of the whole evaluation, on the device named below."
+    name = f"{result.name}: retention of every schedule against"
+    return [
+        Picture(
+            schedules.front_figure(result, "flops"),
+            f"{name} all-in FLOPs saved, one colour a method",
+            f"{counted} {bars}",
+        ),
+        Picture(
+            schedules.front_figure(result, "seconds"),
+            f"{name} measured seconds, one colour a method",
+            f"{timed} {bars}",
+        ),
+    ]
+
+
+def _grid_pictures(result: Result) -> list[Picture]:
+    pictures = []
+    for row in front(result):
+        assert row.plan is not None
+        said = (
+            f"{row.method}: {percent(row.saved_all_in_flops)} of all-in FLOPs saved, {spread(row.mean_retention)} kept"
+        )
+        alt = f"Grid of blocks by progress for {said}: {row.plan.describe()}"
+        pictures.append(Picture(schedules.grid_figure(row.plan), alt, f"{said}."))
     return pictures
 
 

@@ -10,6 +10,7 @@ from skipwise.report.rows import Point, methods, of_method, percent, points, spr
 
 # A block is called redundant when the stream after it points almost where it pointed before (cosine).
 REDUNDANT = 0.98
+SURE = 0.95  # what a schedule is to keep
 KEEP = 0.9  # the papers' bar: nine tenths of the score
 
 
@@ -85,6 +86,23 @@ def largest_saving(result: Result) -> str:
     )
 
 
+def schedules(result: Result) -> list[str]:
+    """For plans that change along the trajectory: what each kind can save and still keep, and whether one kind wins."""
+    rows = [row for row in result.rows if row.plan is not None and row.mean_retention]
+    sentences = []
+    for method in dict.fromkeys(row.method for row in rows):
+        safe = [row for row in rows if row.method == method and row.mean_retention and row.mean_retention.low >= SURE]
+        if not safe:
+            sentences.append(f"{method}: none of its plans keeps 95% of the score (lower end of the interval).")
+            continue
+        best = max(safe, key=lambda row: row.saved_all_in_flops)
+        sentences.append(
+            f"{method}: saves up to {percent(best.saved_all_in_flops)} of all-in FLOPs with 95% of the score kept "
+            f"(lower end of the interval); there it keeps {spread(best.mean_retention)}."
+        )
+    return sentences
+
+
 def redundancy(analysis: Analysis) -> str:
     """Where the redundant blocks are, and whether they form the early plateau that the paper reports for dLLMs."""
     similarity = analysis.successive_similarity(analysis.main_stack)
@@ -138,6 +156,9 @@ def summarize(results: Sequence[Result], analyses: Sequence[Analysis]) -> list[t
     groups = []
     layered = [analysis for analysis in analyses if analysis.get(analysis.main_stack, "similarity") is not None]
     for result in results:
+        if any(row.plan is not None and not row.plan.is_static for row in result.rows):
+            groups.append((result.name, [baseline(result), *schedules(result)]))
+            continue
         sentences = [baseline(result)]
         tried = [method for method in methods(result) if of_method(result, method)]
         sentences += [kept(result, method) for method in tried]
