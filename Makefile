@@ -4,7 +4,7 @@ BIN := .venv/bin
 PIP := $(BIN)/python -m pip install -q -c constraints.txt
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-slow lint reproduce-p1 bench smollm2 corpora clean
+.PHONY: help demo test test-slow lint reproduce-p1 reproduce-p2 bench smollm2 corpora clean
 .NOTPARALLEL:  # two pips must not write to one environment
 
 help:  ## Show the targets
@@ -27,6 +27,9 @@ lint: .venv/.installed-dev  ## ruff and mypy
 
 reproduce-p1: .venv/.installed-dev smollm2  ## Make docs/results/p1.md anew (about 40 minutes of two cores)
 	HF_HUB_OFFLINE=1 $(BIN)/python reproduce/run_p1.py
+
+reproduce-p2: .venv/.installed-dev smollm2  ## Make docs/results/p2.md anew (about 75 minutes of two cores)
+	HF_HUB_OFFLINE=1 $(BIN)/python reproduce/run_p2.py
 
 bench: .venv/.installed-dev  ## Timings, as ratios of two things measured in turns
 	$(BIN)/python benchmarks/skip_overhead.py

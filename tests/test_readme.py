@@ -26,14 +26,14 @@ def test_python(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_commands(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    (commands,) = blocks("README.md", "bash")
     monkeypatch.chdir(tmp_path)
-    for line in commands.splitlines():
+    for line in "".join(blocks("README.md", "bash")).splitlines():
         monkeypatch.setattr(sys, "argv", shlex.split(line, comments=True))
         with pytest.raises(SystemExit) as ended:
             cli.main()
         assert not ended.value.code, line
     assert (tmp_path / "runs" / "report.html").exists()
+    assert (tmp_path / "runs" / "best.json").exists()
     assert "18.75%" in capsys.readouterr().out
 
 

@@ -7,7 +7,7 @@ import typer
 from torch import nn
 
 from skipwise.blocks import find_contract
-from skipwise.cli import front, importance
+from skipwise.cli import front, importance, search
 from skipwise.cli.common import ModelName, console
 from skipwise.cost import Cost, estimate
 from skipwise.errors import UserError
@@ -20,8 +20,9 @@ from skipwise.sampling.others import check_tokens
 
 app = typer.Typer(help="Which denoising steps run light: measure, place, search.", no_args_is_help=True)
 
-app.command("front")(front.command)
 app.command("importance")(importance.command)
+app.command("search")(search.command)
+app.command("front")(front.command)
 
 LightName = Annotated[
     str, typer.Option(help="What is light: another model, or a static plan (.json) of the same model.")

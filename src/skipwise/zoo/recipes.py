@@ -56,9 +56,7 @@ RECIPES = {
     "tiny-ar": Recipe("autoregressive"),
     # on top of its parent's steps; a third of the learning rate, so that the parent is not forgotten
     "tiny-ar2dllm": Recipe("masked_diffusion", parent="tiny-ar", steps=1200, learning_rate=1e-3),
-    # a third of the blocks, as in paper 2, which is enough for these tasks; and a sixth, which is not
-    "tiny-dllm-light": Recipe("masked_diffusion", blocks=8),
-    "tiny-dllm-lighter": Recipe("masked_diffusion", blocks=4),
+    "tiny-dllm-light": Recipe("masked_diffusion", blocks=4),
     "tiny-text": _TEXT,
     "tiny-text-light": Recipe(**{**vars(_TEXT), "blocks": 4}),
 }
