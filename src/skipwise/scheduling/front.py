@@ -1,7 +1,7 @@
 """The Pareto front: schedules of every kind for a ladder of budgets, judged together; and the choice of one of them."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -22,6 +22,7 @@ from skipwise.scheduling.scheduler import Scheduler, harm_for
 from skipwise.scheduling.visited import visit
 from skipwise.stand_ins import StandInKind
 
+FIT = 4  # moments that stand-ins are fitted on for each that blocks are chosen on
 PLANS = "plans"  # folder of a front's plans, beside its Result
 
 
@@ -31,7 +32,8 @@ class FrontSettings:
 
     budgets: fractions of all-in FLOPs to save, one plan of each kind for each. segments: equal parts of the trajectory,
     each with a skip set of its own. stand_in: skipped blocks leave nothing, and in a second plan of each kind this.
-    moments: sequences that a sampler went through, to calibrate on. trials: grids of a kind and budget that are decoded
+    moments: sequences that a sampler went through, to choose blocks on; stand-ins are fitted on up to 4 times as many,
+    where the examples give them. trials: grids of a kind and budget that are decoded
     on the calibration split, 0 to trust the calibration. examples: of a task on the calibration split.
     """
 
@@ -113,7 +115,9 @@ class _Candidates:
         self.model, self.tokenizer, self.settings, self.on_progress = model, tokenizer, settings, on_progress
         self.tasks = list(calibrate_on or _on_calibration(tasks, settings))
         self.light = _light(model, tokenizer, light, others)
-        self.visited = visit(model, tokenizer, self.tasks, most=settings.moments)
+        self.fit_on = visit(model, tokenizer, self.tasks, most=FIT * settings.moments)
+        step = max(1, -(-len(self.fit_on.samples) // settings.moments))
+        self.visited = replace(self.fit_on, samples=self.fit_on.samples[::step])
         self.unmet: list[tuple[str, float, BudgetError]] = []  # (kind, budget, what it says)
         self.texts = [task for task in tasks if isinstance(task, str)] or None
 
@@ -154,6 +158,7 @@ class _Candidates:
             harm_for(self.model),
             light or {},
             trials=self.settings.trials,
+            fit_on=self.fit_on,
             # deeper than this a segment is not cut: what lies beyond does more harm than the same cut elsewhere
             deepest=min(0.7, 2.5 * max(self.settings.budgets)),
             seed=self.settings.seed,

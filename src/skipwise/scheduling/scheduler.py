@@ -29,7 +29,8 @@ AT_ONCE = 6  # blocks that are tested together while the most promising ones are
 class Scheduler:
     """Makes plans of one model. Everything that it learns is kept, so that a ladder of budgets costs little more.
 
-    calibration: the moments that plans are chosen and stand-ins fitted on; tasks: what decoded quality is, on the
+    calibration: the moments that plans are chosen on; fit_on: more of them, for stand-ins, which learn their data by
+    heart when it is little; the same by default; tasks: what decoded quality is, on the
     calibration split; ends: of the segments; stand_in: what skipped blocks leave behind; light: models that may take
     segments over, by name; trials: grids that local search may decode with, 0 for none; deepest: the largest part of
     the blocks that a segment may skip.
@@ -45,6 +46,7 @@ class Scheduler:
     light: Mapping[str, nn.Module] = field(default_factory=dict)
     trials: int = 0
     deepest: float = 0.7
+    fit_on: Calibration | None = None
     seed: int = 0
     name: str = "grid"
     on_progress: Callable[[str, int, int], None] | None = None
@@ -52,6 +54,7 @@ class Scheduler:
     def __post_init__(self) -> None:
         contract = find_contract(self.model)
         self.shape, self.stack = contract.shape, contract.main_stack
+        self._fit_on = self.fit_on or self.calibration
         self._fitted: dict[tuple[float, float, tuple[int, ...]], list[tuple[int, str, Tensor]]] = {}
 
     def plan(self, budget: float) -> Plan:
@@ -69,7 +72,7 @@ class Scheduler:
     @cached_property
     def curves(self) -> list[Curve]:
         """A curve for every segment."""
-        leaving = partial(fit_alone, self.calibration, self.stack) if self.stand_in == "linear" else None
+        leaving = partial(fit_alone, self._fit_on, self.stack) if self.stand_in == "linear" else None
         tell = partial(self.on_progress, f"{self.name}: order blocks") if self.on_progress else None
         most = max(1, math.ceil(self.deepest * self.shape.stacks[self.stack]))
         one, other = self.calibration.halves() if len(self.ends) > 1 else (self.calibration, None)
@@ -154,7 +157,7 @@ class Scheduler:
             parts = [(begin, Cell()), (end, Cell(blocks)), (1.0, Cell())]
             parts = [part for part, before in zip(parts, (0.0, begin, end), strict=True) if part[0] > before]
             alone = Grid(*(tuple(column) for column in zip(*parts, strict=True))).plan(self.shape, self.stack)
-            tensors = fit_stand_ins(alone, self.calibration, self.stand_in, epochs=1).stand_in_tensors()
+            tensors = fit_stand_ins(alone, self._fit_on, self.stand_in, epochs=1).stand_in_tensors()
             names = [(name.split("/"), tensor) for name, tensor in tensors.items()]
             self._fitted[begin, end, blocks] = [(int(block), which, t) for (_, _, block, which), t in names]
         return self._fitted[begin, end, blocks]
