@@ -18,13 +18,13 @@ from pathlib import Path
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # before torch is loaded; see docs/log.md
 
 import torch
-from skipwise.scheduling.front import FrontSettings, find_front
 
 import skipwise as sw
 from skipwise.evaluation import calibration_texts
 from skipwise.evaluation.texts import documents
 from skipwise.evaluation.writing import Writing
 from skipwise.planners.sandwich import PLACEMENTS, schedule
+from skipwise.scheduling.front import FrontSettings, find_front
 from skipwise.scheduling.importance import measure_importance
 
 SHARE = 0.25  # of light steps, the paper's
@@ -69,6 +69,8 @@ def _bare(plan: sw.Plan | None) -> sw.Plan | None:
 class TextStudy(Study):
     """A pair of models that write English."""
 
+    parts = ("importance", "placements", "prefix", "front")
+
     def writing(self, samples: int, prefixes: tuple[str, ...] = (), first: int = 0) -> Writing:
         """The task: `samples` texts, read by SmolLM2 in bfloat16."""
         return Writing(
@@ -81,8 +83,8 @@ class TextStudy(Study):
             prefixes=prefixes,
         )
 
-    def run(self) -> None:
-        """Everything, the cheap parts first."""
+    def importance(self) -> None:
+        """Loss and KL by noise level, and their picture."""
         texts = calibration_texts(self.tokenizer, 8 if self.quick else 64)
         importance = measure_importance(
             self.model,
@@ -94,11 +96,15 @@ class TextStudy(Study):
         )
         importance.save(self.output / f"{self.label}.importance.json")
         importance.plot(self.output / f"{self.label}.importance.svg")
-        placed = self.placed()
-        self.judge("placements", self.writing(128), placed)
-        some = [plan for plan in placed if plan.made_by.method in ("sandwich", ALL_LIGHT)]
+
+    def placements(self) -> None:
+        """The paper's placements, written from nothing."""
+        self.judge("placements", self.writing(128), self.placed())
+
+    def prefix(self) -> None:
+        """The sandwich and the light model, continuing held-out text."""
+        some = [plan for plan in self.placed() if plan.made_by.method in ("sandwich", ALL_LIGHT)]
         self.judge("prefix", self.writing(96, self.prefixes()), some)
-        self.front()
 
     def judge(self, what: str, task: Writing, plans: Sequence[sw.Plan]) -> None:
         """One task under plans."""
@@ -117,8 +123,8 @@ class TextStudy(Study):
 
     def front(self) -> None:
         """Schedules of every kind at the paper's saving and at the target."""
-        task = self.writing(128)
-        settings = FrontSettings(budgets=(0.17, 0.25), segments=4, moments=256, trials=0 if self.quick else 4)
+        task = self.writing(96)
+        settings = FrontSettings(budgets=(0.17, 0.25), segments=4, moments=32 if self.quick else 256, trials=0)
         calibrate = replace(task, first=1000, samples=4 if self.quick else 32)
         result = find_front(
             self.model,
@@ -136,13 +142,19 @@ class TextStudy(Study):
 class TaskStudy(Study):
     """A model of exact tasks, and one with fewer blocks."""
 
-    def run(self) -> None:
-        """The front, and the light model's own schedules."""
-        examples = 20 if self.quick else 400
+    parts = ("placements", "front")
+
+    @property
+    def examples(self) -> int:
+        """Test prompts of a task."""
+        return 20 if self.quick else 400
+
+    def front(self) -> None:
+        """Schedules of every kind for a ladder of savings."""
         settings = FrontSettings(
             budgets=(0.2,) if self.quick else (0.17, 0.25, 0.33, 0.4),
             segments=7,
-            trials=0 if self.quick else 12,
+            trials=0,  # local search found nothing beyond the noise: docs/log.md
             moments=128 if self.quick else 1024,
             examples=20 if self.quick else 200,
         )
@@ -153,20 +165,23 @@ class TaskStudy(Study):
             settings,
             light=self.light,
             others=self.others,
-            examples=examples,
+            examples=self.examples,
             name=self.label,
         )
         self.save("front", found)
+
+    def placements(self) -> None:
+        """The paper's placements of the light model."""
         light = sw.evaluate(
             self.model,
             self.tokenizer,
             None,
             self.placed(),
-            examples=examples,
+            examples=self.examples,
             name=self.label,
             others=self.others,
         )
-        self.save("light", light)
+        self.save("placements", light)
 
 
 STUDIES: dict[str, type[TextStudy] | type[TaskStudy]] = {"text": TextStudy, "tasks": TaskStudy}
@@ -180,12 +195,15 @@ def main() -> None:
     parser.add_argument("light", help="likewise")
     parser.add_argument("--label", required=True, help="the model's name and its seed, such as tiny-text-0")
     parser.add_argument("--output", type=Path, required=True)
+    parser.add_argument("--part", action="append", help="only this part; repeat for several")
     parser.add_argument("--quick", action="store_true", help="a few samples, to see that it runs")
     given = parser.parse_args()
     torch.set_num_threads(1)
-    began = time.monotonic()
-    STUDIES[given.kind](given.heavy, given.light, given.label, given.output, given.quick).run()
-    print(f"{given.label}: {(time.monotonic() - began) / 60:.1f} minutes")
+    study = STUDIES[given.kind](given.heavy, given.light, given.label, given.output, given.quick)
+    for part in given.part or study.parts:
+        began = time.monotonic()
+        getattr(study, part)()
+        print(f"{given.label}, {part}: {(time.monotonic() - began) / 60:.1f} minutes", flush=True)
 
 
 if __name__ == "__main__":

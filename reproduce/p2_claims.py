@@ -168,7 +168,7 @@ def _selfs(solver: Solver) -> list[Row]:
 
 def _light_is_enough(solvers: Sequence[Solver]) -> Verdict:
     """Whether the trained light model makes scheduling pointless."""
-    rows = [named(solver.light, "all light") for solver in solvers]
+    rows = [named(solver.placements, "all light") for solver in solvers]
     saved = fmean(row.saved_all_in_flops for row in rows)
     evidence = f"alone it keeps {spread([_kept(row) for row in rows])} and saves {saved:.0%} of all-in FLOPs"
     claim = "Exact tasks: the light model alone does not keep 95%, so that there is something to schedule"

@@ -79,8 +79,8 @@ def _grid(row: Row) -> str:
 def lights(solvers: Sequence[Solver]) -> str:
     """Schedules of the light models of exact tasks, mean and range over seeds."""
     rows = []
-    for first in solvers[0].light.rows[1:]:
-        same = [next(r for r in solver.light.rows if r.method == first.method) for solver in solvers]
+    for first in solvers[0].placements.rows[1:]:
+        same = [next(r for r in solver.placements.rows if r.method == first.method) for solver in solvers]
         rows.append([first.method, *_saved(first), _kept(same)])
     return table(["schedule", "block FLOPs saved", "all-in saved", "kept"], rows)
 

@@ -33,7 +33,7 @@ class Solver:
 
     label: str
     front: sw.Result
-    light: sw.Result
+    placements: sw.Result
 
 
 @dataclass(frozen=True)
@@ -60,7 +60,7 @@ def read(folder: Path) -> Found:
             results = (result(label, what) for what in ("placements", "prefix", "front"))
             pairs.append(Pair(label, importance, *results))
         else:
-            solvers.append(Solver(label, result(label, "front"), result(label, "light")))
+            solvers.append(Solver(label, result(label, "front"), result(label, "placements")))
     table = folder / "search.table.json"
     if not table.exists():
         return Found(pairs, solvers, None, None)
