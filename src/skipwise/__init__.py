@@ -15,8 +15,13 @@ if TYPE_CHECKING:
     from skipwise.loading import load, load_skeleton
     from skipwise.plan import Plan
     from skipwise.planners import make_plan
+    from skipwise.planners.sandwich import schedule
     from skipwise.report import write_report
     from skipwise.sampling import generate
+    from skipwise.sampling.pipelines import follow
+    from skipwise.scheduling.front import find_front, pick
+    from skipwise.scheduling.importance import Importance, measure_importance
+    from skipwise.scheduling.search import search_schedules
     from skipwise.skipping import skip
 
 # Every public name and its module; imported when first used, so that `import skipwise` is quick and has no side effect.
@@ -24,6 +29,7 @@ _HOMES = {
     "Analysis": "analysis",
     "Calibration": "calibration",
     "Comparison": "analysis",
+    "Importance": "scheduling.importance",
     "Plan": "plan",
     "Result": "evaluation",
     "UserError": "errors",
@@ -33,12 +39,18 @@ _HOMES = {
     "evaluate": "evaluation",
     "export": "exporting",
     "find_contract": "blocks",
+    "find_front": "scheduling.front",
     "fit_stand_ins": "healing",
+    "follow": "sampling.pipelines",
     "generate": "sampling",
     "heal": "healing",
     "load": "loading",
     "load_skeleton": "loading",
     "make_plan": "planners",
+    "measure_importance": "scheduling.importance",
+    "pick": "scheduling.front",
+    "schedule": "planners.sandwich",
+    "search_schedules": "scheduling.search",
     "skip": "skipping",
     "write_report": "report",
 }
@@ -47,6 +59,7 @@ __all__ = [
     "Analysis",
     "Calibration",
     "Comparison",
+    "Importance",
     "Plan",
     "Result",
     "UserError",
@@ -56,12 +69,18 @@ __all__ = [
     "evaluate",
     "export",
     "find_contract",
+    "find_front",
     "fit_stand_ins",
+    "follow",
     "generate",
     "heal",
     "load",
     "load_skeleton",
     "make_plan",
+    "measure_importance",
+    "pick",
+    "schedule",
+    "search_schedules",
     "skip",
     "write_report",
 ]
