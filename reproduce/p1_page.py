@@ -3,15 +3,13 @@
 python reproduce/p1_page.py docs/results/p1 --page docs/results/p1.md
 """
 
-import argparse
 from pathlib import Path
 from statistics import fmean
 
 from p1_claims import beyond, claims
-from p1_results import KINDS, REAL, Study, of_kind, read, shown, spread, table
+from p1_results import KINDS, REAL, Study, of_kind, read, shown, spread, table, write_page
 
 from skipwise.evaluation import Interval, Row, difference
-from skipwise.files import write_atomically
 
 
 def retention_over_seeds(studies: dict[str, Study]) -> str:
@@ -194,14 +192,5 @@ def page(studies: dict[str, Study]) -> str:
     return template
 
 
-def main() -> None:
-    """Write the page."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("results", type=Path)
-    parser.add_argument("--page", type=Path, required=True)
-    given = parser.parse_args()
-    write_atomically(given.page, page(read(given.results)))
-
-
 if __name__ == "__main__":
-    main()
+    write_page(__doc__, lambda folder: page(read(folder)))

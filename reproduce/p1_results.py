@@ -1,7 +1,8 @@
 """The Results and states of paper 1's studies, as the page and its claims read them."""
 
+import argparse
 import json
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean
@@ -9,6 +10,7 @@ from typing import Any
 
 import skipwise as sw
 from skipwise.evaluation import Interval, Row
+from skipwise.files import write_atomically
 
 KINDS = {"tiny-dllm": "native diffusion", "tiny-ar": "autoregressive", "tiny-ar2dllm": "AR-initialised diffusion"}
 REAL = "smollm2-135m"
@@ -88,3 +90,12 @@ def shown(interval: Interval | None, digits: int = 3) -> str:
     if interval is None:
         return "-"
     return f"{interval.value:.{digits}f} ({interval.low:.{digits}f} to {interval.high:.{digits}f})"
+
+
+def write_page(what: str | None, page_of: Callable[[Path], str]) -> None:
+    """The command line of a page: its text is made of the Results in a folder."""
+    parser = argparse.ArgumentParser(description=what, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("results", type=Path)
+    parser.add_argument("--page", type=Path, required=True)
+    given = parser.parse_args()
+    write_atomically(given.page, page_of(given.results))

@@ -3,17 +3,15 @@
 python reproduce/p2_page.py docs/results/p2 --page docs/results/p2.md
 """
 
-import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
-from p1_results import shown, spread, table
+from p1_results import shown, spread, table, write_page
 from p2_claims import beyond, claims
 from p2_results import WRITING, Found, Pair, Solver, read, whole
 
 import skipwise as sw
 from skipwise.evaluation import Row
-from skipwise.files import write_atomically
 
 METRICS = {"": "generative perplexity", " (token entropy)": "token entropy, nats", " (distinct-2)": "distinct-2"}
 
@@ -144,14 +142,5 @@ def _baseline(solver: Solver) -> str:
     return f"{solver.label} {min(scores):.3f}"
 
 
-def main() -> None:
-    """Write the page."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("results", type=Path)
-    parser.add_argument("--page", type=Path, required=True)
-    given = parser.parse_args()
-    write_atomically(given.page, page(read(given.results)))
-
-
 if __name__ == "__main__":
-    main()
+    write_page(__doc__, lambda folder: page(read(folder)))
