@@ -475,6 +475,13 @@ def test_command_wants_a_task_or_a_judge(zoo_light, tmp_path):
 
 
 @pytest.mark.slow
+def test_a_cluster_that_is_not_there(tmp_path):
+    pytest.importorskip("ray")
+    with pytest.raises(UserError, match=r"no Ray cluster at 127\.0\.0\.1:1 \(.*\); .* leave the address out"):
+        list(run(Work(ZOO, (Known(str(tmp_path)),)), [], "ray", address="127.0.0.1:1"))
+
+
+@pytest.mark.slow
 def test_ray_gives_the_same_though_a_worker_is_killed(known_search, zoo_light, tmp_path):
     pytest.importorskip("ray")
     reference = known_search(tmp_path / "reference")
@@ -484,7 +491,7 @@ def test_ray_gives_the_same_though_a_worker_is_killed(known_search, zoo_light, t
     found = known_search(notes, engine="ray", workers=2)
     assert table(found) == table(reference)
     assert sorted(Counter(calls(notes)).values())[-2:] == [1, 2]
-    real = [ExactMatch("sort", "calibration", 1, 0, 16)]
+    real = [ExactMatch("chain", "calibration", 1, 0, 16)]
     rules = RULES | {"segments": 4, "light_segments": 1, "examples": 16, "confirm": 16}
     tables = {engine: table(search_schedules(ZOO, zoo_light, real, engine=engine, **rules)) for engine in ENGINES}
     assert len(set(tables.values())) == 1, tables

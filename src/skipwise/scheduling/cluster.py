@@ -2,12 +2,13 @@
 
 import logging
 import os
+import socket
 import sys
 from collections.abc import Sequence
 from typing import Any
 
 from skipwise.errors import UserError, require
-from skipwise.scheduling.engine import Answering, Failed
+from skipwise.scheduling.engine import ATTEMPTS, Answering, Failed
 from skipwise.scheduling.processes import ENVIRONMENT, environment
 from skipwise.scheduling.trials import Outcome, Trial, Work
 
@@ -37,14 +38,19 @@ class Cluster:
         self.running: dict[Any, Any] = {}  # worker -> the answer that it owes
 
     def _connect(self, workers: int, address: str | None) -> None:
+        if address:
+            _check_address(address)
+        # Ray gives a local cluster 30 seconds to start, which a busy machine may not hold: try again
         local = {} if address else {"num_cpus": workers, "include_dashboard": False}
-        try:
-            self.ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR, **local)
-        except (ConnectionError, ValueError, RuntimeError) as error:
-            reason = str(error).strip().splitlines()[0]
-            raise UserError(
-                f"There is no Ray cluster at {address}: {reason} Leave the address out for a local one."
-            ) from error
+        for _ in range(1 if address else ATTEMPTS):
+            try:
+                self.ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR, **local)
+                return
+            except Exception as error:  # Ray has no class of its own for this
+                self.ray.shutdown()
+                reason = str(error).strip().partition("\n")[0]
+        where = f"reached at {address}" if address else "started here"
+        raise UserError(f"Ray could not be {where}: {reason} Use another address, or --engine processes.")
 
     def _actor(self, work: Work, workers: int) -> Any:
         """The actor class: one core each, and a share of the GPUs where the work is on them."""
@@ -105,3 +111,17 @@ class _Actor:
 
     def answer(self, trial: Trial) -> Outcome | Failed:
         return self._answer(trial)
+
+
+def _check_address(address: str) -> None:
+    """Raise UserError when nobody answers at HOST:PORT; Ray itself would try for many minutes."""
+    host, colon, port = address.rpartition("://")[2].rpartition(":")
+    if not (colon and port.isdigit()):
+        return  # such as "auto"
+    try:
+        socket.create_connection((host, int(port)), timeout=10).close()
+    except OSError as error:
+        raise UserError(
+            f"There is no Ray cluster at {address} ({error.strerror or error}); start one with `ray start --head`, or "
+            "leave the address out for a local one."
+        ) from error
