@@ -74,11 +74,11 @@ def _grid(row: Row) -> str:
     return ", ".join(parts)
 
 
-def lights(solvers: Sequence[Solver]) -> str:
-    """Schedules of the light models of exact tasks, mean and range over seeds."""
+def lights(results: Sequence[sw.Result]) -> str:
+    """Schedules of a light model of exact tasks, mean and range over seeds."""
     rows = []
-    for first in solvers[0].placements.rows[1:]:
-        same = [next(r for r in solver.placements.rows if r.method == first.method) for solver in solvers]
+    for first in results[0].rows[1:]:
+        same = [next(r for r in result.rows if r.method == first.method) for result in results]
         rows.append([first.method, *_saved(first), _kept(same)])
     return table(["schedule", "block FLOPs saved", "all-in saved", "kept"], rows)
 
@@ -124,7 +124,8 @@ def page(found: Found) -> str:
         "facts": facts(pairs[0].placements) if pairs else "-",
         "prefix_facts": facts(pairs[0].prefix) if pairs else "-",
         "search": search(found),
-        "lights": lights(solvers) if solvers else "-",
+        "lights": lights([solver.placements for solver in solvers]) if solvers else "-",
+        "rivals": lights([solver.rivals for solver in solvers]) if solvers else "-",
         "fronts": "\n\n".join(f"### {one.label}\n\n{front(one.front)}" for one in (*solvers, *pairs)),
         "baseline": ", ".join(_baseline(solver) for solver in solvers),
     }

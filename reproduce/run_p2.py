@@ -16,17 +16,17 @@ from pathlib import Path
 
 HERE = Path(__file__).parent
 RESULTS = HERE.parent / "docs" / "results" / "p2"
-STUDIES = {
-    "tiny-text-0": ("text", "tiny-text", "tiny-text-light"),
-    "tiny-dllm-0": ("tasks", "tiny-dllm", "tiny-dllm-light"),
-}
+STUDIES = (
+    ("text", "tiny-text", "tiny-text-light", "--label", "tiny-text-0"),
+    ("tasks", "tiny-dllm", "tiny-dllm-light", "--label", "tiny-dllm-0"),
+    ("tasks", "tiny-dllm", "tiny-dllm-lighter", "--label", "tiny-dllm-0", "--part", "rivals"),
+)
 
 
-def study(label: str, output: Path, quick: bool) -> None:
+def study(arguments: Sequence[str], output: Path, quick: bool) -> None:
     """Everything about one pair."""
-    more = ["--quick"] if quick else []
-    command = [sys.executable, str(HERE / "p2.py"), *STUDIES[label], "--label", label, "--output", str(output), *more]
-    subprocess.run(command, check=True)
+    more = ["--output", str(output), *(["--quick"] if quick else [])]
+    subprocess.run([sys.executable, str(HERE / "p2.py"), *arguments, *more], check=True)
 
 
 def search(output: Path, quick: bool) -> None:
@@ -52,7 +52,7 @@ def main() -> None:
     given.output.mkdir(parents=True, exist_ok=True)
     began = time.monotonic()
     with ThreadPoolExecutor(2) as pool:
-        for done in [pool.submit(study, label, given.output, given.quick) for label in STUDIES]:
+        for done in [pool.submit(study, each, given.output, given.quick) for each in STUDIES]:
             done.result()
     search(given.output, given.quick)
     page = ["p2_page.py", str(given.output), "--page", str(given.page)]
