@@ -2,12 +2,10 @@
 
     python reproduce/p2.py text tiny-text tiny-text-light --label tiny-text-0 --output runs/p2
     python reproduce/p2.py tasks tiny-dllm tiny-dllm-light --label tiny-dllm-0 --output runs/p2
-    python reproduce/p2.py tasks tiny-dllm tiny-dllm-lighter --label tiny-dllm-0 --output runs/p2 --part rivals
 
 text: step importance, the paper's placements at 25% light steps, continuations of held-out prefixes, and the front of
-schedules of every kind, judged by SmolLM2. tasks: the same front in exact match, and the light model's own schedules;
-`rivals`, which is not run by itself, has more of these, for a light model that cannot solve the tasks alone. Plans are
-chosen on the calibration split; scores are on the test split. The page is made by reproduce/p2_page.py.
+schedules of every kind, judged by SmolLM2. tasks: the same front in exact match, and the light model's placements.
+Plans are chosen on the calibration split; scores are on the test split. The page is made by reproduce/p2_page.py.
 """
 
 import argparse
@@ -172,16 +170,6 @@ class TaskStudy(Study):
             name=self.label,
         )
         self.save("front", found)
-
-    def rivals(self) -> None:
-        """Every placement of the light model for many shares of light steps: what it can do at any saving."""
-        shares = [step / 7 for step in ((2,) if self.quick else (1, 2, 3, 4, 5))]
-        plans = [
-            _named(schedule(self.shape, self.light, placement, share), f"{placement} {share:.2f}")
-            for placement in PLACEMENTS
-            for share in shares
-        ]
-        self.save("rivals", self._evaluate([*plans, self.placed()[-1]]))
 
     def placements(self) -> None:
         """The paper's placements of the light model."""

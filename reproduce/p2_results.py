@@ -29,12 +29,11 @@ class Pair:
 
 @dataclass(frozen=True)
 class Solver:
-    """A model of exact tasks: its front, the schedules of its light model, and of a lighter one, which is too light."""
+    """A model of exact tasks: its front, and the placements of its light model."""
 
     label: str
     front: sw.Result
     placements: sw.Result
-    rivals: sw.Result
 
 
 @dataclass(frozen=True)
@@ -61,7 +60,7 @@ def read(folder: Path) -> Found:
             results = (result(label, what) for what in ("placements", "prefix", "front"))
             pairs.append(Pair(label, importance, *results))
         else:
-            solvers.append(Solver(label, *(result(label, what) for what in ("front", "placements", "rivals"))))
+            solvers.append(Solver(label, *(result(label, what) for what in ("front", "placements"))))
     table = folder / "search.table.json"
     if not table.exists():
         return Found(pairs, solvers, None, None)

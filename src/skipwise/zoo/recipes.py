@@ -56,9 +56,7 @@ RECIPES = {
     "tiny-ar": Recipe("autoregressive"),
     # on top of its parent's steps; a third of the learning rate, so that the parent is not forgotten
     "tiny-ar2dllm": Recipe("masked_diffusion", parent="tiny-ar", steps=1200, learning_rate=1e-3),
-    # four blocks are enough for the tasks, two are not
     "tiny-dllm-light": Recipe("masked_diffusion", blocks=4),
-    "tiny-dllm-lighter": Recipe("masked_diffusion", blocks=2),
     "tiny-text": _TEXT,
     "tiny-text-light": Recipe(**{**vars(_TEXT), "blocks": 4}),
 }
