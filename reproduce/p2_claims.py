@@ -113,10 +113,8 @@ def beyond(found: Found) -> list[Verdict]:
     """What skipwise adds: the model as its own light model."""
     made: list[Verdict] = []
     if found.solvers:
-        made += [_above(found.solvers, saved, STATIC, "the best static skip") for saved in SAVED]
-        made += [
-            _above(found.solvers, saved, ("light ",), "the best placement of the light model") for saved in (0.17, 0.25)
-        ]
+        for methods, what in _RIVALS:
+            made += [_above(found.solvers, saved, methods, what) for saved in SAVED]
         made.append(_target(found.solvers))
         made.append(_light_is_enough(found.solvers))
     if found.pairs:
@@ -178,12 +176,6 @@ def _light_is_enough(solvers: Sequence[Solver]) -> Verdict:
     evidence += f"one of 2 blocks keeps {_too_light(solvers)}"
     claim = "Exact tasks: the light model alone does not keep 95%, so that there is something to schedule"
     return verdict(claim, all(_kept(row) < 0.95 for row in rows), evidence, len(solvers))
-
-
-def _too_light(solvers: Sequence[Solver]) -> str:
-    """What the lighter model keeps alone."""
-    rows = [named(solver.rivals, "all light") for solver in solvers]
-    return f"{spread([_kept(row) for row in rows])} at {fmean(row.saved_all_in_flops for row in rows):.0%} saved"
 
 
 def _text(pairs: Sequence[Pair], methods: Sequence[str], what: str) -> Verdict:

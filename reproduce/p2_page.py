@@ -125,7 +125,6 @@ def page(found: Found) -> str:
         "prefix_facts": facts(pairs[0].prefix) if pairs else "-",
         "search": search(found),
         "lights": lights([solver.placements for solver in solvers]) if solvers else "-",
-        "rivals": lights([solver.rivals for solver in solvers]) if solvers else "-",
         "fronts": "\n\n".join(f"### {one.label}\n\n{front(one.front)}" for one in (*solvers, *pairs)),
         "baseline": ", ".join(_baseline(solver) for solver in solvers),
     }

@@ -19,7 +19,6 @@ RESULTS = HERE.parent / "docs" / "results" / "p2"
 STUDIES = (
     ("text", "tiny-text", "tiny-text-light", "--label", "tiny-text-0"),
     ("tasks", "tiny-dllm", "tiny-dllm-light", "--label", "tiny-dllm-0"),
-    ("tasks", "tiny-dllm", "tiny-dllm-lighter", "--label", "tiny-dllm-0", "--part", "rivals"),
 )
 
 
