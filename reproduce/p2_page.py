@@ -3,6 +3,7 @@
 python reproduce/p2_page.py docs/results/p2 --page docs/results/p2.md
 """
 
+import base64
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -12,6 +13,8 @@ from p2_results import WRITING, Found, Pair, Solver, read, whole
 
 import skipwise as sw
 from skipwise.evaluation import Row
+from skipwise.files import write_bytes_atomically
+from skipwise.report.schedules import front_figure
 
 METRICS = {"": "generative perplexity", " (token entropy)": "token entropy, nats", " (distinct-2)": "distinct-2"}
 
@@ -65,6 +68,11 @@ def front(result: sw.Result) -> str:
     return table(head, rows)
 
 
+def _front_of(one: Solver | Pair) -> str:
+    picture = f"![Score kept against all-in FLOPs saved, {one.label}](p2/{one.label}.front.svg)"
+    return f"### {one.label}\n\n{picture}\n\n{front(one.front)}"
+
+
 def _grid(row: Row) -> str:
     assert row.plan is not None
     parts = []
@@ -110,7 +118,7 @@ def facts(result: sw.Result) -> str:
 
 
 def page(found: Found) -> str:
-    """The whole page."""
+    """The whole page's text."""
     template = (Path(__file__).parent / "p2.md.in").read_text(encoding="utf-8")
     pairs, solvers = found.pairs, found.solvers
     parts = {
@@ -125,7 +133,7 @@ def page(found: Found) -> str:
         "prefix_facts": facts(pairs[0].prefix) if pairs else "-",
         "search": search(found),
         "lights": lights([solver.placements for solver in solvers]) if solvers else "-",
-        "fronts": "\n\n".join(f"### {one.label}\n\n{front(one.front)}" for one in (*solvers, *pairs)),
+        "fronts": "\n\n".join(_front_of(one) for one in (*solvers, *pairs)),
         "baseline": ", ".join(_baseline(solver) for solver in solvers),
     }
     for name, text in parts.items():
@@ -142,5 +150,18 @@ def _baseline(solver: Solver) -> str:
     return f"{solver.label} {min(scores):.3f}"
 
 
+def draw(folder: Path, found: Found) -> None:
+    """The front of every model, as an .svg beside its Result."""
+    for one in (*found.solvers, *found.pairs):
+        encoded = front_figure(one.front, "flops").partition(",")[2]
+        write_bytes_atomically(folder / f"{one.label}.front.svg", base64.b64decode(encoded))
+
+
+def _drawn(folder: Path) -> str:
+    found = read(folder)
+    draw(folder, found)
+    return page(found)
+
+
 if __name__ == "__main__":
-    write_page(__doc__, lambda folder: page(read(folder)))
+    write_page(__doc__, _drawn)
