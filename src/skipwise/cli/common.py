@@ -23,6 +23,9 @@ ModelName = Annotated[
     str, typer.Argument(help="An embedded name (tiny-dllm), a folder, a hub id (org/name) or a .gguf file.")
 ]
 Dtype = Annotated[str | None, typer.Option(help="float32, bfloat16 or float16; the checkpoint's own by default.")]
+JudgeDtype = Annotated[
+    str, typer.Option(help="Of the judge's weights: float32, or bfloat16, which reads faster and rounds.")
+]
 Device = Annotated[str | None, typer.Option(help="Such as cpu or cuda.")]
 
 

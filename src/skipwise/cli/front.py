@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 import typer
 from torch import nn
 
-from skipwise.cli.common import Device, Dtype, ModelName, console, progress_bar
+from skipwise.cli.common import Device, Dtype, JudgeDtype, ModelName, console, progress_bar
 from skipwise.errors import UserError
 from skipwise.evaluation.writing import Writing, family_of
 from skipwise.files import check_writable
@@ -25,6 +25,7 @@ def command(
     judge: Annotated[
         list[str] | None, typer.Option(help="Instead of tasks: the judge of texts that the model writes; repeatable.")
     ] = None,
+    judge_dtype: JudgeDtype = "float32",
     segments: Annotated[int, typer.Option(help="Equal parts of the trajectory, each with its skip set.", min=1)] = 4,
     budgets: Annotated[str, typer.Option(help="Fractions of all-in FLOPs to save, with commas.")] = "0.1,0.2,0.3,0.4",
     stand_in: Annotated[
@@ -60,7 +61,7 @@ def command(
     if task and judge:
         raise UserError("--task and --judge are two measures of quality, and a front has one; leave out either.")
     network, tokenizer = load(model, dtype=dtype, device=device)
-    written = [_writing(network, name, examples or 64, seed) for name in judge or []]
+    written = [_writing(network, name, judge_dtype, examples or 64, seed) for name in judge or []]
     with progress_bar() as tell:
         found = find_front(
             network,
@@ -81,8 +82,15 @@ def command(
     console.print(f"on the front: {best or 'nothing but the whole model'}; written to {page}", highlight=False)
 
 
-def _writing(model: nn.Module, judge: str, samples: int, seed: int) -> Writing:
-    task = Writing(judge=judge, samples=samples, seed=seed, family=family_of(model), name=f"writing for {judge}")
+def _writing(model: nn.Module, judge: str, dtype: str, samples: int, seed: int) -> Writing:
+    task = Writing(
+        judge=judge,
+        judge_dtype=dtype,
+        samples=samples,
+        seed=seed,
+        family=family_of(model),
+        name=f"writing for {judge}",
+    )
     task.judge_for(model)  # a mistake in its name is found before the search
     return task
 

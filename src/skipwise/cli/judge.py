@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
-from skipwise.cli.common import Device, Dtype, ModelName, console, progress_bar, read_lines, settings_from
+from skipwise.cli.common import Device, Dtype, JudgeDtype, ModelName, console, progress_bar, read_lines, settings_from
 from skipwise.errors import UserError
 from skipwise.evaluation import evaluate
 from skipwise.evaluation.writing import Writing, family_of
@@ -24,6 +24,7 @@ def command(
     judge: Annotated[str, typer.Option(help="The causal language model that judges, anything that loads.")] = (
         "smollm2-135m"
     ),
+    judge_dtype: JudgeDtype = "float32",
     samples: Annotated[int, typer.Option(help="Texts to write, each from its own seed.", min=1)] = 64,
     length: Annotated[int, typer.Option(help="New tokens a text.", min=1)] = 128,
     steps: Annotated[int | None, typer.Option(help="Denoising steps; the sampler's default when left out.")] = None,
@@ -53,6 +54,7 @@ def command(
     network, tokenizer = load(model, dtype=dtype, device=device)
     writing = Writing(
         judge=judge,
+        judge_dtype=judge_dtype,
         samples=samples,
         length=length,
         steps=steps,

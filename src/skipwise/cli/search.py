@@ -7,7 +7,7 @@ import typer
 from rich import box
 from rich.table import Table
 
-from skipwise.cli.common import Device, Dtype, ModelName, console, progress_bar
+from skipwise.cli.common import Device, Dtype, JudgeDtype, ModelName, console, progress_bar
 from skipwise.errors import UserError, unknown
 from skipwise.evaluation.result import Row, Score
 from skipwise.evaluation.tasks import EvaluationTask, ExactMatch
@@ -35,6 +35,7 @@ def command(
     count: Annotated[str, typer.Option(help="FLOPs that --budget counts: all-in or block.")] = "all-in",
     task: Annotated[list[str] | None, typer.Option(help="Exact-answer task of the zoo; repeat for several.")] = None,
     judge: Annotated[str | None, typer.Option(help="Or: the judge of written text, such as smollm2-135m.")] = None,
+    judge_dtype: JudgeDtype = "float32",
     length: Annotated[int, typer.Option(help="New tokens of a text.", min=1)] = 128,
     steps: Annotated[int | None, typer.Option(help="Denoising steps of a text; the sampler's own by default.")] = None,
     samples: Annotated[int, typer.Option(help="Examples a task, for the schedules that get to the finals.")] = 64,
@@ -61,7 +62,7 @@ def command(
     rules |= {"light_segments": 2 if light_segments is None and budget is None else light_segments}
     rules |= {"examples": samples, "confirm": confirm, "finalists": finalists}
     Rules(**rules)  # type: ignore[arg-type]  # a mistake is told before anything is loaded
-    tasks = _tasks(model, task or [], judge, length, steps, batch_size, seed)
+    tasks = _tasks(model, task or [], judge, judge_dtype, length, steps, batch_size, seed)
     check_writable(output)
     with progress_bar() as tell:
         found = search_schedules(
@@ -96,7 +97,14 @@ def _importance(path: Path | None) -> Screen | None:
 
 
 def _tasks(
-    model: str, names: list[str], judge: str | None, length: int, steps: int | None, batch_size: int, seed: int
+    model: str,
+    names: list[str],
+    judge: str | None,
+    judge_dtype: str,
+    length: int,
+    steps: int | None,
+    batch_size: int,
+    seed: int,
 ) -> list[EvaluationTask]:
     """Exact-answer tasks, from the calibration split so that `skipwise eval` stays a test; or writing."""
     if bool(names) == (judge is not None):
@@ -105,7 +113,16 @@ def _tasks(
         from skipwise.evaluation.writing import Writing, family_of
 
         family = family_of(load_skeleton(model))
-        return [Writing(judge=judge, length=length, steps=steps, batch_size=batch_size, seed=seed, family=family)]
+        written = Writing(
+            judge=judge,
+            judge_dtype=judge_dtype,
+            length=length,
+            steps=steps,
+            batch_size=batch_size,
+            seed=seed,
+            family=family,
+        )
+        return [written]
     for name in names:
         if name not in TASKS:
             raise unknown("exact-answer task", name, TASKS)
