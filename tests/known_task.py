@@ -46,7 +46,7 @@ class Known:
         lost = 0.0
         for part in range(PARTS):
             running = denoiser.at((part + 0.5) / PARTS)
-            denoiser.forwards.append(Forward(running, self.examples))
+            denoiser.forwards.append(Forward(running, self.examples, 16))
             lost += LOSSES[part] * bool(running.model or running.cut.skipped)
         draws = np.array([_uniform(self.seed, self.first + i) for i in range(self.examples)])
         return [Measured("exact match", (draws < 1 - lost).astype(float), np.ones(self.examples))]

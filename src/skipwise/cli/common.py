@@ -15,6 +15,7 @@ from skipwise.calibration import Calibration
 from skipwise.errors import UserError
 from skipwise.evaluation import calibration_texts
 from skipwise.loading import load
+from skipwise.plan import Plan
 
 # a file or a pipe has no width of its own; rich would take 80 columns and cut
 console = Console(width=None if sys.stdout.isatty() else 110)
@@ -56,6 +57,11 @@ def calibrate(
     network, tokenizer = load(model, dtype=dtype, device=device)
     chosen = read_lines(texts) if texts else calibration_texts(tokenizer, count)
     return Calibration.of(network, tokenizer, chosen, batch_size=batch_size)
+
+
+def read_light(name: str) -> str | Plan:
+    """What is light: a model's name as it is, or the plan of a .json file."""
+    return Plan.load(name) if name.endswith(".json") else name
 
 
 def read_lines(path: Path) -> list[str]:

@@ -8,14 +8,14 @@ from torch import nn
 
 from skipwise.blocks import find_contract
 from skipwise.cli import front, importance, search
-from skipwise.cli.common import ModelName, console
+from skipwise.cli.common import ModelName, console, read_light
 from skipwise.cost import Cost, estimate
 from skipwise.errors import UserError
 from skipwise.examples import Size
 from skipwise.files import check_writable
 from skipwise.loading import load_skeleton
 from skipwise.plan import Plan
-from skipwise.planners.sandwich import PLACEMENTS, Light, from_lengths, from_segments, schedule, share_for
+from skipwise.planners.sandwich import PLACEMENTS, from_lengths, from_segments, schedule, share_for
 from skipwise.sampling.others import check_tokens
 
 app = typer.Typer(help="Which denoising steps run light: measure, place, search.", no_args_is_help=True)
@@ -27,11 +27,6 @@ app.command("front")(front.command)
 LightName = Annotated[
     str, typer.Option(help="What is light: another model, or a static plan (.json) of the same model.")
 ]
-
-
-def read_light(name: str) -> Light:
-    """A model's name as it is, or the plan of a .json file."""
-    return Plan.load(name) if name.endswith(".json") else name
 
 
 @app.command("plan")

@@ -7,14 +7,12 @@ import typer
 from rich import box
 from rich.table import Table
 
-from skipwise.cli.common import Device, Dtype, JudgeDtype, ModelName, console, progress_bar
+from skipwise.cli.common import Device, Dtype, JudgeDtype, ModelName, console, progress_bar, read_light
 from skipwise.errors import UserError, unknown
 from skipwise.evaluation.result import Row, Score
 from skipwise.evaluation.tasks import EvaluationTask, ExactMatch
 from skipwise.files import check_writable
 from skipwise.loading import load_skeleton
-from skipwise.plan import Plan
-from skipwise.planners.sandwich import Light
 from skipwise.scheduling.candidates import Screen
 from skipwise.scheduling.search import Rules, search_schedules
 from skipwise.scheduling.table import NOTE, Search
@@ -67,7 +65,7 @@ def command(
     with progress_bar() as tell:
         found = search_schedules(
             model,
-            _light(light),
+            read_light(light),
             tasks,
             importance=_importance(importance),
             engine=engine,
@@ -82,10 +80,6 @@ def command(
     console.print(_table(found))
     console.print(NOTE, highlight=False)
     console.print(f"written to {output}: table.json, table.csv, result.json, plan.json", highlight=False)
-
-
-def _light(name: str) -> Light:
-    return Plan.load(name) if name.endswith(".json") else name
 
 
 def _importance(path: Path | None) -> Screen | None:

@@ -3,17 +3,15 @@
 import datetime
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any, Literal
 
-import numpy as np
 from torch import nn
 
 from skipwise.blocks import find_contract
 from skipwise.cost import cost_of, price_blocks
 from skipwise.errors import UserError
-from skipwise.evaluation.measure import Measured, interval, resamples, retention, retention_draws
-from skipwise.evaluation.result import Interval, Result, Row, Score
+from skipwise.evaluation.result import Result, Row
+from skipwise.evaluation.rows import Run, judged
 from skipwise.evaluation.tasks import EvaluationTask, build_task, default_tasks
 from skipwise.examples import Size
 from skipwise.models import kind_of
@@ -83,16 +81,6 @@ class _Ticker:
             self.report(self.done, self.total)
 
 
-@dataclass(frozen=True)
-class _Run:
-    """What the tasks gave under one plan, and what it took: FLOPs of the blocks and of all, seconds."""
-
-    measured: dict[str, list[Measured]]
-    block_flops: float
-    all_in_flops: float
-    seconds: float
-
-
 class _Judge:
     """Runs tasks and holds the whole model's scores, which every plan is compared with."""
 
@@ -110,7 +98,7 @@ class _Judge:
         self.tokens = max(task.tokens for task in tasks)
         self.whole = self._run(None)
 
-    def _run(self, plan: Plan | None) -> _Run:
+    def _run(self, plan: Plan | None) -> Run:
         measured = {}
         began = time.perf_counter()
         with denoising(self.model, plan, self.others, tokenizer=self.tokenizer) as denoiser:
@@ -120,56 +108,15 @@ class _Judge:
         seconds = time.perf_counter() - began
         taken = sum(account(denoiser).values(), Share())
         if taken.forwards:
-            return _Run(measured, taken.block_flops, taken.all_in_flops, seconds)
+            return Run(measured, taken.block_flops, taken.all_in_flops, seconds)
         # an autoregressive model decodes by itself, under a static plan
         cost = cost_of(price_blocks(self.model, Size(tokens=self.tokens)), plan)
-        return _Run(measured, cost.block_flops, cost.all_in_flops, seconds)
+        return Run(measured, cost.block_flops, cost.all_in_flops, seconds)
 
     def whole_row(self) -> Row:
         """The row of the model without a plan."""
-        return self._row(None, self.whole)
+        return judged(None, self.whole, self.whole, self.seed)
 
     def row(self, plan: Plan) -> Row:
         """The row of the model under a plan."""
-        return self._row(plan, self._run(plan))
-
-    def _row(self, plan: Plan | None, run: _Run) -> Row:
-        scores, draws = {}, {}
-        for number, (task, metrics) in enumerate(run.measured.items()):
-            counts = resamples(metrics[0].examples, self.seed + number)
-            for place, metric in enumerate(metrics):
-                whole = self.whole.measured[task][place]
-                kept = None
-                if plan is not None and place == 0 and whole.value > 0:
-                    draws[task] = retention_draws(metric, whole, counts)
-                    kept = interval(retention(metric, whole), draws[task])
-                label = task if place == 0 else f"{task} ({metric.metric})"
-                scores[label] = Score(
-                    metric=metric.metric,
-                    value=interval(metric.value, metric.score(counts)),
-                    examples=metric.examples,
-                    retention=kept,
-                    outcomes=metric.outcomes,
-                    parts=metric.parts if place == 0 else None,
-                )
-        return Row(
-            plan=plan,
-            method=plan.method if plan else "whole model",
-            k=_blocks_skipped(plan),
-            saved_block_flops=1 - run.block_flops / self.whole.block_flops,
-            saved_all_in_flops=1 - run.all_in_flops / self.whole.all_in_flops,
-            seconds=round(run.seconds, 3),
-            scores=scores,
-            mean_retention=_mean(scores, draws),
-        )
-
-
-def _mean(scores: dict[str, Score], draws: dict[str, np.ndarray]) -> Interval | None:
-    """Mean retention over tasks; tasks are resampled independently of one another."""
-    kept = [score.retention.value for score in scores.values() if score.retention]
-    return interval(float(np.mean(kept)), np.mean(list(draws.values()), axis=0)) if kept else None
-
-
-def _blocks_skipped(plan: Plan | None) -> int:
-    """Blocks skipped at the step that skips the most."""
-    return max((sum(map(len, phase.skip.values())) for phase in plan.phases), default=0) if plan else 0
+        return judged(plan, self._run(plan), self.whole, self.seed)

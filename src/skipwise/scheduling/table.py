@@ -10,11 +10,10 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict
 
-from skipwise.evaluation.measure import interval, resamples, retention_draws
-from skipwise.evaluation.result import Interval, Result, Row, Score
+from skipwise.evaluation.result import Interval, Result, Row
+from skipwise.evaluation.rows import Run, judged
 from skipwise.files import write_atomically
 from skipwise.plan import Plan
-from skipwise.scheduling.halving import mean_retention, retention_samples, saved
 from skipwise.scheduling.trials import Outcome
 
 FORMAT = "skipwise-schedules/1"
@@ -99,30 +98,9 @@ def _csv(lines: Sequence[dict[str, Any]]) -> str:
 
 
 def row(method: str, plan: Plan | None, outcome: Outcome, whole: Outcome, seed: int) -> Row:
-    """A Result's row from outcomes on the same examples, with bootstrap intervals; plan None is the whole model."""
-    kept = None
-    if plan is not None:
-        kept = interval(mean_retention(outcome, whole), retention_samples(outcome, whole, seed))
-    scores = {}
-    for number, (task, metrics) in enumerate(outcome.scores.items()):
-        counts = resamples(metrics[0].examples, seed + number)
-        for place, metric in enumerate(metrics):
-            draws = retention_draws(metric, whole.scores[task][place], counts)
-            alone = mean_retention(Outcome({task: [metric]}), Outcome({task: [whole.scores[task][place]]}))
-            scores[task if place == 0 else f"{task} ({metric.metric})"] = Score(
-                metric=metric.metric,
-                value=interval(metric.value, metric.score(counts)),
-                examples=metric.examples,
-                retention=interval(alone, draws) if plan is not None and place == 0 else None,
-                outcomes=metric.outcomes,
-            )
-    return Row(
-        plan=plan,
-        method=method,
-        k=max((sum(map(len, phase.skip.values())) for phase in plan.phases), default=0) if plan else 0,
-        saved_block_flops=saved(outcome.block_flops, whole.block_flops),
-        saved_all_in_flops=saved(outcome.all_in_flops, whole.all_in_flops),
-        seconds=round(outcome.seconds, 3),
-        scores=scores,
-        mean_retention=kept,
-    )
+    """A Result's row from outcomes on the same examples; plan None is the whole model."""
+    return judged(plan, _run(outcome), _run(whole), seed, method)
+
+
+def _run(outcome: Outcome) -> Run:
+    return Run(outcome.scores, outcome.block_flops, outcome.all_in_flops, outcome.seconds)
