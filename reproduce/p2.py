@@ -24,6 +24,7 @@ from skipwise.evaluation import calibration_texts
 from skipwise.evaluation.texts import documents
 from skipwise.evaluation.writing import Writing
 from skipwise.planners.sandwich import PLACEMENTS, schedule
+from skipwise.report.importance import plot_importance
 from skipwise.scheduling.front import FrontSettings, find_front
 from skipwise.scheduling.importance import measure_importance
 
@@ -95,7 +96,7 @@ class TextStudy(Study):
             names=(self.label, self.light),
         )
         importance.save(self.output / f"{self.label}.importance.json")
-        importance.plot(self.output / f"{self.label}.importance.svg")
+        plot_importance(importance, self.output / f"{self.label}.importance.svg")
 
     def placements(self) -> None:
         """The paper's placements, written from nothing."""

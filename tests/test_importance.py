@@ -17,6 +17,7 @@ from skipwise.calibration import Sample, Text
 from skipwise.evaluation.masking import every_mask
 from skipwise.models import mask_token
 from skipwise.plan import Phase, Plan
+from skipwise.report.importance import plot_importance
 from skipwise.sampling.mdlm import sigma_of
 from skipwise.scheduling import Importance, measure_importance
 from skipwise.scheduling.importance import CURVES
@@ -270,15 +271,15 @@ def test_equal_seeds_give_equal_files(measured: Importance, tmp_path: Path) -> N
 
 
 def test_figure(measured: Importance, tmp_path: Path) -> None:
-    first, second = (measured.plot(tmp_path / name).read_bytes() for name in ("a.svg", "b.svg"))
+    first, second = (plot_importance(measured, tmp_path / name).read_bytes() for name in ("a.svg", "b.svg"))
     assert first == second
     text = first.decode()
     assert text.startswith("<?xml")
     assert "KL(heavy || light)" in text
     assert "big and small; 5 texts" in text
-    assert measured.plot(tmp_path / "c.png").read_bytes().startswith(b"\x89PNG")
+    assert plot_importance(measured, tmp_path / "c.png").read_bytes().startswith(b"\x89PNG")
     with pytest.raises(sw.UserError, match=r"Unknown suffix of a figure 'pgn'. Did you mean 'png'"):
-        measured.plot(tmp_path / "d.pgn")
+        plot_importance(measured, tmp_path / "d.pgn")
 
 
 # --- mistakes
@@ -385,7 +386,9 @@ def test_command(skipwise: Any, tmp_path: Path) -> None:
     assert f"early third {shares}" in " ".join(out.split())
     assert "late third 0.0%" in " ".join(out.split())
     assert f"the loss rises by {found.totals['loss_gap'].value:.4f}" in " ".join(out.split())
-    assert (tmp_path / "out" / "importance.svg").read_bytes() == found.plot(tmp_path / "again.svg").read_bytes()
+    assert (tmp_path / "out" / "importance.svg").read_bytes() == plot_importance(
+        found, tmp_path / "again.svg"
+    ).read_bytes()
     (tmp_path / "texts.txt").write_text("s3141592=\nr3141592=\n")
     both = ["--light", "tiny-dllm", "--texts", tmp_path / "texts.txt", "--max-tokens", 4, "--bins", 1]
     code, out, _ = skipwise("schedule", "importance", "tiny-dllm", *both, "-o", tmp_path / "itself")

@@ -32,12 +32,13 @@ from skipwise.evaluation.text import TextTask
 from skipwise.loading import load_skeleton
 from skipwise.plan import Plan
 from skipwise.scheduling.candidates import Space
-from skipwise.scheduling.engine import ATTEMPTS, Answering, Failed, TrialError, Workers, open_engine, run
+from skipwise.scheduling.engine import Workers, open_engine, run
 from skipwise.scheduling.halving import halve, round_ends
 from skipwise.scheduling.search import search_schedules
 from skipwise.scheduling.store import Store
 from skipwise.scheduling.table import Search
 from skipwise.scheduling.trials import Outcome, Trial, Work
+from skipwise.scheduling.workers import ATTEMPTS, Answering, Failed, TrialError
 from tests.known_task import Known, calls
 from tests.tiny_models import ROWS
 

@@ -13,6 +13,7 @@ from skipwise.evaluation import Interval, calibration_texts
 from skipwise.files import check_writable
 from skipwise.loading import load
 from skipwise.plan import Plan
+from skipwise.report.importance import plot_importance
 from skipwise.scheduling.importance import THIRDS, Importance, measure_importance
 
 
@@ -65,7 +66,7 @@ def command(
             names=(heavy, light or heavy),
             on_progress=lambda *at: tell("step importance", *at),
         )
-    importance.plot(output / "importance.svg")
+    plot_importance(importance, output / "importance.svg")
     written = importance.save(output / "importance.json")
     console.print(_table(importance))
     console.print(_summary(importance), highlight=False)

@@ -10,6 +10,7 @@ from torch import nn
 from skipwise.cli.common import console
 from skipwise.errors import UserError, unknown
 from skipwise.evaluation.tasks import build_task
+from skipwise.evaluation.texts import documents
 from skipwise.files import check_writable
 from skipwise.loading import embedded_names
 from skipwise.sampling import Denoiser
@@ -62,7 +63,7 @@ def train_model(
 
     def scores(model: nn.Module) -> dict[str, float]:
         if recipe.corpus == "english":
-            return {"held_out_loss": held_out_loss(model, tokenizer, recipe.length)}
+            return {"held_out_loss": held_out_loss(model, tokenizer, documents("calibration").values(), recipe.length)}
         tasks = [build_task(task, "calibration", 128, 0, 128) for task in TASKS]
         return {task.name: task.run(Denoiser(model), tokenizer)[0].value for task in tasks}
 

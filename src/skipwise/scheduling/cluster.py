@@ -8,9 +8,9 @@ from collections.abc import Sequence
 from typing import Any
 
 from skipwise.errors import UserError, require
-from skipwise.scheduling.engine import ATTEMPTS, Answering, Failed
 from skipwise.scheduling.processes import ENVIRONMENT, environment
 from skipwise.scheduling.trials import Outcome, Trial, Work
+from skipwise.scheduling.workers import ATTEMPTS, Answering, Failed
 
 SETTINGS = {
     "RAY_USAGE_STATS_ENABLED": "0",  # it would report to its makers

@@ -7,18 +7,18 @@ A worker that dies (killed, out of memory) loses the trial it was at, which anot
 a trial is a mistake that would come again, and is raised here.
 """
 
-import traceback
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import Any, Protocol
 
 from skipwise.errors import UserError, unknown
+from skipwise.scheduling.cluster import Cluster
+from skipwise.scheduling.processes import Processes
 from skipwise.scheduling.trials import OpenWork, Outcome, Trial, Work
+from skipwise.scheduling.workers import ATTEMPTS, Failed
 
 ENGINES = ("inline", "processes", "ray")
-ATTEMPTS = 3  # of one trial, before its worker's death is taken for its own doing
 
 Finished = tuple[Trial, Outcome]
 
@@ -33,42 +33,6 @@ class Engine(Protocol):
     def close(self) -> None:
         """End whatever was started."""
         ...
-
-
-@dataclass(frozen=True)
-class Failed:
-    """An exception inside a trial. is_users: a mistake in what was asked for."""
-
-    message: str
-    is_users: bool
-
-    def error(self, trial: Trial) -> Exception:
-        """The exception to raise here for the one in the worker."""
-        return (
-            UserError(self.message) if self.is_users else TrialError(f"{trial} failed in its worker:\n{self.message}")
-        )
-
-
-class TrialError(RuntimeError):
-    """An exception inside a trial in another process, with its traceback."""
-
-
-class Answering:
-    """What a worker does: opens the work at its first trial, once, and answers each trial."""
-
-    def __init__(self, work: Work):
-        self.work = work
-        self.opened: OpenWork | None = None
-
-    def __call__(self, trial: Trial) -> Outcome | Failed:
-        """The outcome, or what went wrong."""
-        try:
-            self.opened = self.opened or self.work.open()
-            return self.opened.run(trial)
-        except UserError as error:
-            return Failed(str(error), True)
-        except Exception:
-            return Failed(traceback.format_exc(), False)
 
 
 class Pool(Protocol):
@@ -180,12 +144,8 @@ def _open(work: Work, engine: str, workers: int, address: str | None) -> Engine:
     if engine == "inline":
         return Inline(work)
     if engine == "processes":
-        from skipwise.scheduling.processes import Processes
-
         return Workers(Processes(work), workers)
     if engine == "ray":
-        from skipwise.scheduling.cluster import Cluster
-
         cluster = Cluster(work, workers, address)
         return Workers(cluster, cluster.workers)
     raise unknown("engine", engine, ENGINES)

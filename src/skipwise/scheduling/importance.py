@@ -148,12 +148,6 @@ class Importance(_Frozen):
         """Which two are compared, such as `tiny-text and tiny-text-light`."""
         return f"{self.heavy} and {self.light}" + (f" under a plan ({self.plan.describe()})" if self.plan else "")
 
-    def plot(self, path: str | Path) -> Path:
-        """Draw the curves by noise level as .svg or .png; equal numbers give equal files. Raises UserError."""
-        from skipwise.scheduling.importance_figure import write_figure  # matplotlib is loaded when it is needed
-
-        return write_figure(self, path)
-
     def save(self, path: str | Path) -> Path:
         """Write this as one JSON object, whole or not at all."""
         return write_atomically(path, self.model_dump_json(indent=1) + "\n")

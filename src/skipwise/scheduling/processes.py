@@ -10,8 +10,8 @@ from dataclasses import dataclass
 from multiprocessing.connection import Connection, wait
 from multiprocessing.context import SpawnProcess
 
-from skipwise.scheduling.engine import Answering, Failed
 from skipwise.scheduling.trials import Outcome, Trial, Work
+from skipwise.scheduling.workers import Answering, Failed
 
 # Torch's pool of threads is made when it is loaded; one that is larger than what is used only costs.
 ENVIRONMENT = {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE"}

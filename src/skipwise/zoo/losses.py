@@ -1,6 +1,6 @@
 """Training batches of a recipe, and what is minimised on them."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import cast
 
@@ -9,7 +9,6 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import PreTrainedTokenizerFast
 
-from skipwise.evaluation.texts import documents
 from skipwise.models.llada import LLaDAConfig
 from skipwise.zoo.corpora import training_documents
 from skipwise.zoo.english import token_stream, train_tokenizer, windows
@@ -37,11 +36,13 @@ def data(recipe: Recipe, seed: int) -> tuple[PreTrainedTokenizerFast, Iterator[B
     return tokenizer, _text_batches(recipe, token_stream(tokenizer, texts), seed)
 
 
-def held_out_loss(model: nn.Module, tokenizer: PreTrainedTokenizerFast, length: int, count: int = 32) -> float:
-    """Likelihood bound in nats a token on `count` windows of each held-out document's calibration part."""
+def held_out_loss(
+    model: nn.Module, tokenizer: PreTrainedTokenizerFast, texts: Iterable[str], length: int, count: int = 32
+) -> float:
+    """Likelihood bound in nats a token on the first `count` windows of each text."""
     generator = torch.Generator().manual_seed(0)
     total = []
-    for text in documents("calibration").values():
+    for text in texts:
         ids = torch.tensor(tokenizer(text, verbose=False)["input_ids"][: count * length]).view(-1, length)
         batch = Batch(ids, torch.ones_like(ids), torch.ones_like(ids, dtype=torch.bool))
         with torch.no_grad():

@@ -2,7 +2,6 @@
 
 import io
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import matplotlib
 import numpy as np
@@ -11,17 +10,18 @@ from matplotlib.figure import Figure
 
 from skipwise.errors import unknown
 from skipwise.files import write_bytes_atomically
-
-if TYPE_CHECKING:
-    from skipwise.scheduling.importance import Curve, Importance
+from skipwise.scheduling.importance import Curve, Importance
 
 BLUE, RED = "#0072B2", "#D55E00"  # told apart in print and by colour-blind readers (Okabe and Ito)
 INK = "#333333"
 FORMS = ("svg", "png")
 
 
-def write_figure(importance: "Importance", path: str | Path) -> Path:
-    """Draw into a .svg or .png file. Raises UserError for another suffix."""
+def plot_importance(importance: Importance, path: str | Path) -> Path:
+    """Draw the curves by noise level into a .svg or .png file; equal numbers give equal files.
+
+    Raises UserError for another suffix.
+    """
     form = Path(path).suffix.removeprefix(".").lower()
     if form not in FORMS:
         raise unknown("suffix of a figure", form, FORMS)
@@ -33,7 +33,7 @@ def write_figure(importance: "Importance", path: str | Path) -> Path:
     return write_bytes_atomically(path, buffer.getvalue())
 
 
-def figure(importance: "Importance") -> Figure:
+def figure(importance: Importance) -> Figure:
     """Two panels: the models' losses, and the KL divergences, in nats a masked token with their 95% bands."""
     drawn = Figure(figsize=(9.2, 3.8), layout="constrained")
     left, right = drawn.subplots(1, 2)
@@ -49,7 +49,7 @@ def figure(importance: "Importance") -> Figure:
     return drawn
 
 
-def _curve(axes: Axes, importance: "Importance", name: "Curve", colour: str, label: str) -> None:
+def _curve(axes: Axes, importance: Importance, name: Curve, colour: str, label: str) -> None:
     points = getattr(importance.token, name)
     middles = (np.arange(importance.bins) + 0.5) / importance.bins
     axes.fill_between(middles, [p.low for p in points], [p.high for p in points], color=colour, alpha=0.2, linewidth=0)
@@ -65,7 +65,7 @@ def _frame(axes: Axes) -> None:
     axes.legend(frameon=False, fontsize=9)
 
 
-def _title(importance: "Importance") -> str:
+def _title(importance: Importance) -> str:
     title = importance.describe()
     if len(title) > 100:
         title = title[:97] + "..."
