@@ -31,7 +31,7 @@ def study(arguments: Sequence[str], output: Path, quick: bool) -> None:
 def search(output: Path, quick: bool) -> None:
     """The exhaustive search, in two processes; one that was killed goes on where it was."""
     folder = Path("runs/p2-search-quick" if quick else "runs/p2-search")
-    sizes: Sequence[str] = ("--samples", "2", "--confirm", "2", "--segments", "3") if quick else ("--confirm", "128")
+    sizes: Sequence[str] = ("--samples", "2", "--confirm", "2", "--segments", "3") if quick else ("--confirm", "64")
     writing = ("--judge", "smollm2-135m", "--judge-dtype", "bfloat16", "--steps", "64")
     command = [sys.executable, "-m", "skipwise", "schedule", "search", "tiny-text", "--light", "tiny-text-light"]
     subprocess.run([*command, *writing, *sizes, "-o", str(folder)], check=True)
