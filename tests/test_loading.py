@@ -30,7 +30,14 @@ def fails(name: str, message: str, **settings: str) -> None:
 
 def test_embedded_models_are_a_pair() -> None:
     """The same tokenizer, depth and width; one looks both ways, the other back only."""
-    assert embedded_names() == ["tiny-ar", "tiny-ar2dllm", "tiny-dllm"]
+    assert embedded_names() == [
+        "tiny-ar",
+        "tiny-ar2dllm",
+        "tiny-dllm",
+        "tiny-dllm-light",
+        "tiny-text",
+        "tiny-text-light",
+    ]
     (dllm, words), (ar, others) = sw.load("tiny-dllm"), sw.load("tiny-ar")
     assert words.get_vocab() == others.get_vocab()
     shapes = [[tuple(p.shape) for p in m.state_dict().values()] for m in (dllm, ar)]
