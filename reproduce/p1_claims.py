@@ -152,7 +152,7 @@ def _scores_more(every: list[Study], first: str, second: str, k: int) -> Verdict
     rows = [(a, b) for a, b in pairs if a and b]
     saved = fmean([a.saved_block_flops for a, _ in rows] or [k / 24])
     claim = f"{first[0].upper()}{first[1:]} beats {second} in exact match, {k} of 24 ({saved:.1%} of block FLOPs saved)"
-    return _of_gains(claim, [difference(a, b) for a, b in rows], "mean gain", 3)
+    return of_gains(claim, [difference(a, b) for a, b in rows], "mean gain", 3)
 
 
 def _greedy_moves_less(every: list[Study], k: int) -> Verdict:
@@ -163,10 +163,10 @@ def _greedy_moves_less(every: list[Study], k: int) -> Verdict:
         if (entry["method"], entry["k"]) == ("greedy", k)
     ]
     claim = f"Greedy moves the predictions on test texts less than similarity does, {k} of 24"
-    return _of_gains(claim, gains, "KL is lower, in nats a token, by", 4)
+    return of_gains(claim, gains, "KL is lower, in nats a token, by", 4)
 
 
-def _of_gains(claim: str, gains: list[Interval], what: str, digits: int) -> Verdict:
+def of_gains(claim: str, gains: list[Interval], what: str, digits: int) -> Verdict:
     """Holds when the mean over the models is above zero with its interval, and no model's interval is below zero."""
     mean = _mean(gains)
     above, below = sum(gain.low > 0 for gain in gains), sum(gain.high < 0 for gain in gains)
