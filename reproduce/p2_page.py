@@ -58,14 +58,16 @@ def _kept(rows: Sequence[Row]) -> str:
 
 
 def front(result: sw.Result) -> str:
-    """All plans of a front, by what they save."""
+    """All plans of a front, by what they save; of text with the token entropy."""
+    label = WRITING + " (token entropy)"
+    text = label in whole(result).scores
     rows = []
     for row in sorted((r for r in result.rows if r.plan is not None), key=lambda r: (r.saved_all_in_flops, r.method)):
-        assert row.plan is not None
         saved = (f"{row.saved_all_in_flops:.1%}", f"{row.saved_block_flops:.1%}")
-        rows.append([row.method, *saved, f"{row.seconds:.1f}", shown(row.mean_retention), _grid(row)])
-    head = ["method", "all-in FLOPs saved", "block FLOPs saved", "seconds", "kept (95%)", "blocks left out, by phase"]
-    return table(head, rows)
+        entropy = [f"{row.scores[label].value.value:.3f}"] if text else []
+        rows.append([row.method, *saved, f"{row.seconds:.1f}", shown(row.mean_retention), *entropy, _grid(row)])
+    head = ["method", "all-in FLOPs saved", "block FLOPs saved", "seconds", "kept (95%)"]
+    return table([*head, *(["token entropy"] if text else []), "blocks left out, by phase"], rows)
 
 
 def _front_of(one: Solver | Pair) -> str:
