@@ -62,7 +62,7 @@ def test_verdicts_follow_the_numbers() -> None:
 def test_one_pair_is_said_to_be_one_pair() -> None:
     found = read(RESULTS)
     few = replace(found, pairs=found.pairs[:1])
-    said = [verdict for claim, verdict, _ in claims(few) if "KL(heavy || light)" in claim]
+    said = [verdict for claim, verdict, _ in claims(few) if "KL(heavy, light)" in claim]
     assert said
     assert all("only 1 pair of models" in verdict for verdict in said)
 
