@@ -1,1 +1,1 @@
-"""P3, DiT-BlockSkip: fine-tune image DiTs in little memory with dynamic patches and stored residuals of skipped blocks."""
+"""P3, DiT-BlockSkip: fine-tune image DiTs in little memory, by dynamic patches and stored residuals."""
