@@ -303,38 +303,65 @@ def test_a_kernel_without_masks_is_refused(monkeypatch: pytest.MonkeyPatch) -> N
         _attend(call, None)
 
 
+class Toy(nn.Module):
+    """Two blocks of one kind; width 4, one head."""
+
+    def __init__(self, block: type[nn.Module]):
+        super().__init__()
+        torch.manual_seed(0)
+        self.blocks = nn.ModuleList([block(), block()])
+        self.example = {"hidden_states": torch.randn(1, 6, 4), "encoder_hidden_states": torch.randn(1, 3, 4)}
+
+    def forward(self, hidden_states: Tensor, encoder_hidden_states: Tensor) -> Tensor:
+        for block in self.blocks:
+            hidden_states = block(hidden_states, encoder_hidden_states)
+        return hidden_states
+
+
+class Mixing(nn.Module):
+    """Keys that depend on the whole text."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.key = nn.Linear(4, 4)
+
+    def forward(self, hidden_states: Tensor, encoder_hidden_states: Tensor) -> Tensor:
+        text = self.key(encoder_hidden_states + encoder_hidden_states.mean(1, keepdim=True))[:, None]
+        return hidden_states + F.scaled_dot_product_attention(hidden_states[:, None], text, text)[:, 0]
+
+
+class CrossThenSelf(nn.Module):
+    """What the first attention brings from the text, the second finds in the image."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.key = nn.Linear(4, 4)
+
+    def forward(self, hidden_states: Tensor, encoder_hidden_states: Tensor) -> Tensor:
+        for context in (encoder_hidden_states, None):
+            query = hidden_states[:, None]
+            keys = query if context is None else self.key(context)[:, None]
+            hidden_states = hidden_states + F.scaled_dot_product_attention(query, keys, keys)[:, 0]
+        return hidden_states
+
+
 def test_attention_that_mixes_tokens_is_refused() -> None:
-    """A block whose keys depend on the whole text has no column that is the subject's."""
-
-    class Mixing(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.key = nn.Linear(4, 4)
-
-        def forward(self, hidden_states: Tensor, encoder_hidden_states: Tensor) -> Tensor:
-            text = self.key(encoder_hidden_states + encoder_hidden_states.mean(1, keepdim=True))
-            return (
-                hidden_states
-                + F.scaled_dot_product_attention(hidden_states[:, None], text[:, None], text[:, None])[:, 0]
-            )
-
-    class Toy(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.blocks = nn.ModuleList([Mixing(), Mixing()])
-
-        def forward(self, hidden_states: Tensor, encoder_hidden_states: Tensor) -> Tensor:
-            for block in self.blocks:
-                hidden_states = block(hidden_states, encoder_hidden_states)
-            return hidden_states
-
-    torch.manual_seed(0)
-    model, kwargs = Toy(), {"hidden_states": torch.randn(1, 6, 4), "encoder_hidden_states": torch.randn(1, 3, 4)}
+    """No column is the subject's."""
+    model = Toy(Mixing)
     with (
         pytest.raises(UserError, match=r"\[3\] keys depend on \[1\] tokens of the text"),
-        subject_masked(model, {"blocks": [0]}, [1], example=kwargs),
+        subject_masked(model, {"blocks": [0]}, [1], example=model.example),
     ):
-        model(**kwargs)
+        model(**model.example)
+
+
+def test_what_an_earlier_attention_brought_is_not_the_text() -> None:
+    model = Toy(CrossThenSelf)
+    with subject_masked(model, {"blocks": [0, 1]}, [1], example=model.example) as masking:
+        assert torch.equal(model(**model.example), model(**with_text(model.example, [1])))
+    for first, second in masking.hidden.values():
+        assert first is not None
+        assert (first.columns[0].tolist(), second) == ([False, True, False], None)
 
 
 def test_masking_is_what_is_yielded() -> None:

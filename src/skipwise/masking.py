@@ -28,6 +28,7 @@ Tokens = Sequence[int] | Sequence[Sequence[int]]  # positions in the text stream
 Forward = Callable[..., Any]
 
 _POSITIONAL = ("query", "key", "value", "attn_mask", "dropout_p", "is_causal")
+_NO_KERNEL = ("No available kernel", "No viable backend")  # what torch says when the one it may use takes no mask
 _BACKEND = (
     "masks need torch's own attention that takes a mask: with diffusers, call model.set_attention_backend('native') "
     "(or model.set_default_attn_processor()) first."
@@ -349,7 +350,7 @@ def _attend(call: dict[str, Any], hidden: Hidden | None) -> Tensor:
     try:
         return F.scaled_dot_product_attention(**call)
     except RuntimeError as error:
-        if hidden is None or "No available kernel" not in str(error):
+        if hidden is None or not any(said in str(error) for said in _NO_KERNEL):
             raise
         raise UserError(f"The attention backend in force takes no mask; {_BACKEND}") from error
 

@@ -33,7 +33,6 @@ def token_positions(
     found = [
         position - dropped + offset
         for position, (begin, end) in enumerate(spans)
-        if position > dropped or not dropped
         if any(_overlap(text, begin, end, len(prefix) + first, len(prefix) + last) for first, last in words)
     ]
     if not found:
