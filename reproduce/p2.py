@@ -52,11 +52,7 @@ class Study:
     def placed(self) -> list[sw.Plan]:
         """The paper's placements of the light model, and the light model all the way."""
         plans = [schedule(self.shape, self.light, placement, SHARE) for placement in PLACEMENTS]
-        return [*plans, _named(schedule(self.shape, self.light, share=1.0), ALL_LIGHT)]
-
-
-def _named(plan: sw.Plan, method: str) -> sw.Plan:
-    return plan.model_copy(update={"made_by": plan.made_by.model_copy(update={"method": method})})
+        return [*plans, schedule(self.shape, self.light, share=1.0).named(ALL_LIGHT)]
 
 
 def _bare(plan: sw.Plan | None) -> sw.Plan | None:
@@ -64,7 +60,7 @@ def _bare(plan: sw.Plan | None) -> sw.Plan | None:
     if plan is None or plan.stand_ins is None:
         return plan
     phases = tuple(phase.model_copy(update={"stand_in": None}) for phase in plan.phases)
-    return _named(plan.model_copy(update={"phases": phases, "stand_ins": None}), plan.method)
+    return plan.model_copy(update={"phases": phases, "stand_ins": None}).named(plan.method)
 
 
 class TextStudy(Study):

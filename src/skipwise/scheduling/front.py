@@ -187,8 +187,7 @@ class _Candidates:
             judge.light = self.light
             kept = judge.retention(plans)
             best = plans[kept.index(max(kept))]
-            method = f"light {best.made_by.method}"
-            yield best.model_copy(update={"made_by": best.made_by.model_copy(update={"method": method})})
+            yield best.named(f"light {best.made_by.method}")
 
 
 def _on_calibration(tasks: Sequence[str | EvaluationTask], settings: FrontSettings) -> Iterator[EvaluationTask]:
