@@ -41,7 +41,7 @@ from skipwise.files import write_atomically
 from skipwise.models import kind_of, mask_token
 from skipwise.plan import ModelShape, Plan
 from skipwise.sampling.denoiser import denoising
-from skipwise.sampling.mdlm import sigma_of
+from skipwise.sampling.mdlm import conditioning
 from skipwise.sampling.others import check_tokens, load_others
 from skipwise.scheduling.readings import Reading, batches, stratified_readings
 from skipwise.versions import versions
@@ -297,10 +297,8 @@ def _compare(
 def _log_probabilities(model: nn.Module, clean: Tensor, masked: Tensor, levels: Tensor) -> Tensor:
     """(masked positions, vocabulary) on the model's device, in float32; the mask token has no part in them (SUBS)."""
     device, mask = next(model.parameters()).device, mask_token(model)
-    others = {}
-    if getattr(model.config, "time_conditioning", False):
-        others["sigma"] = sigma_of(levels).float().to(device)
-    logits = model(input_ids=clean.masked_fill(masked, mask).to(device), **others).logits[masked.to(device)].float()
+    inputs = clean.masked_fill(masked, mask).to(device)
+    logits = model(input_ids=inputs, **conditioning(model, levels, inputs)).logits[masked.to(device)].float()
     logits[:, mask] = NEVER
     return logits.log_softmax(-1)
 
