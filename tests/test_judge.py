@@ -18,7 +18,7 @@ import skipwise as sw
 from skipwise import cli
 from skipwise.errors import UserError
 from skipwise.evaluation import judge as judges
-from skipwise.evaluation.diversity import corpus_distinct, distinct, token_entropy
+from skipwise.evaluation.diversity import distinct, token_entropy
 from skipwise.evaluation.judge import Judge, counted
 from skipwise.evaluation.texts import documents
 from skipwise.evaluation.writing import Writing, family_of, until_end
@@ -215,8 +215,7 @@ def test_diversity_by_hand() -> None:
     assert token_entropy([1, 1, 1, 2]) == pytest.approx(-0.75 * math.log(0.75) - 0.25 * math.log(0.25))
     assert distinct([1, 2, 1, 2, 1], 2) == pytest.approx(2 / 4)
     assert distinct([1, 2, 3], 3) == 1
-    assert corpus_distinct([[1, 2, 3], [1, 2], [2, 1]], 2) == pytest.approx(3 / 4)  # no gram across two samples
-    assert token_entropy([]) == distinct([4], 2) == corpus_distinct([], 1) == 0
+    assert token_entropy([]) == distinct([4], 2) == distinct([], 1) == 0
     with pytest.raises(UserError, match="n=0"):
         distinct([1], 0)
 
