@@ -3,7 +3,6 @@
 python reproduce/p2_page.py docs/results/p2 --page docs/results/p2.md
 """
 
-import base64
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -14,7 +13,8 @@ from p2_results import WRITING, Found, Pair, Solver, read, whole
 import skipwise as sw
 from skipwise.evaluation import Row
 from skipwise.files import write_bytes_atomically
-from skipwise.report.schedules import front_figure
+from skipwise.report.figures import image_bytes
+from skipwise.report.schedules import draw_front
 
 METRICS = {"": "generative perplexity", " (token entropy)": "token entropy, nats", " (distinct-2)": "distinct-2"}
 
@@ -155,8 +155,8 @@ def _baseline(solver: Solver) -> str:
 def draw(folder: Path, found: Found) -> None:
     """The front of every model, as an .svg beside its Result."""
     for one in (*found.solvers, *found.pairs):
-        encoded = front_figure(one.front, "flops").partition(",")[2]
-        write_bytes_atomically(folder / f"{one.label}.front.svg", base64.b64decode(encoded))
+        picture = image_bytes(draw_front(one.front, "flops"), "svg")
+        write_bytes_atomically(folder / f"{one.label}.front.svg", picture)
 
 
 def _drawn(folder: Path) -> str:

@@ -29,15 +29,20 @@ def new_figure(width: float, height: float) -> tuple[Figure, Axes]:
     return figure, axes
 
 
-def data_uri(figure: Figure, form: str) -> str:
-    """The figure as an image that a page can hold; form: "svg" or "png"."""
+def image_bytes(figure: Figure, form: str) -> bytes:
+    """The figure as the content of an image file, equal for equal figures; form: "svg" or "png"."""
     buffer = io.BytesIO()
-    # neither carries a date, so that the same numbers give the same page
+    # neither carries a date, so that the same numbers give the same file
     metadata = {"Date": None} if form == "svg" else None
     with rc_context({"svg.hashsalt": "skipwise"}):  # nor random names of its parts
         figure.savefig(buffer, format=form, dpi=110, facecolor="white", metadata=metadata)
+    return buffer.getvalue()
+
+
+def data_uri(figure: Figure, form: str) -> str:
+    """The figure as an image that a page can hold; form: "svg" or "png"."""
     kind = "image/svg+xml" if form == "svg" else "image/png"
-    return f"data:{kind};base64,{base64.b64encode(buffer.getvalue()).decode()}"
+    return f"data:{kind};base64,{base64.b64encode(image_bytes(figure, form)).decode()}"
 
 
 def similarity_map(similarity: Tensor) -> str:
