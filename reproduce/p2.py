@@ -45,22 +45,13 @@ class Study:
         self.label, self.output, self.quick = label, output, quick
 
     def save(self, what: str, result: sw.Result) -> None:
-        """Write a Result. Stand-ins are not kept: a page needs what they saved and cost."""
-        rows = tuple(row.model_copy(update={"plan": _bare(row.plan)}) for row in result.rows)
-        result.model_copy(update={"rows": rows}).save(self.output / f"{self.label}.{what}.json")
+        """Write a Result. The stand-ins that its plans name are not kept: a page needs what they saved and cost."""
+        result.save(self.output / f"{self.label}.{what}.json")
 
     def placed(self) -> list[sw.Plan]:
         """The paper's placements of the light model, and the light model all the way."""
         plans = [schedule(self.shape, self.light, placement, SHARE) for placement in PLACEMENTS]
         return [*plans, schedule(self.shape, self.light, share=1.0).named(ALL_LIGHT)]
-
-
-def _bare(plan: sw.Plan | None) -> sw.Plan | None:
-    """The plan without the stand-ins' tensors, under the name of how it was made."""
-    if plan is None or plan.stand_ins is None:
-        return plan
-    phases = tuple(phase.model_copy(update={"stand_in": None}) for phase in plan.phases)
-    return plan.model_copy(update={"phases": phases, "stand_ins": None}).named(plan.method)
 
 
 class TextStudy(Study):
