@@ -6,9 +6,9 @@ python reproduce/p2_page.py docs/results/p2 --page docs/results/p2.md
 from collections.abc import Sequence
 from pathlib import Path
 
-from p1_results import shown, spread, table, write_page
 from p2_claims import beyond, claims
 from p2_results import WRITING, Found, Pair, Solver, read, whole
+from pages import filled, shown, spread, table, write_page
 
 import skipwise as sw
 from skipwise.evaluation import Row
@@ -121,7 +121,6 @@ def facts(result: sw.Result) -> str:
 
 def page(found: Found) -> str:
     """The whole page's text."""
-    template = (Path(__file__).parent / "p2.md.in").read_text(encoding="utf-8")
     pairs, solvers = found.pairs, found.solvers
     parts = {
         "claims": table(["claim of the paper", "here", "what was found"], claims(found)),
@@ -138,9 +137,7 @@ def page(found: Found) -> str:
         "fronts": "\n\n".join(_front_of(one) for one in (*solvers, *pairs)),
         "baseline": ", ".join(_baseline(solver) for solver in solvers),
     }
-    for name, text in parts.items():
-        template = template.replace("{{" + name + "}}", text)
-    return template
+    return filled("p2.md.in", parts)
 
 
 def _counted(number: int, what: str) -> str:
