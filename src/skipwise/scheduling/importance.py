@@ -22,14 +22,13 @@ equal dt are spent on equal intervals of t, and each commits as many tokens as a
 """
 
 import datetime
-import json
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, Self
 
 import numpy as np
 import torch
-from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, model_validator
 from torch import Tensor, nn
 
 from skipwise.blocks import find_contract
@@ -37,7 +36,7 @@ from skipwise.calibration import Sample, Text, divergence, fingerprint, tokenize
 from skipwise.errors import UserError, unknown
 from skipwise.evaluation.measure import interval, resamples
 from skipwise.evaluation.result import Interval
-from skipwise.files import write_atomically
+from skipwise.files import read_model, write_atomically
 from skipwise.models import kind_of, mask_token
 from skipwise.plan import ModelShape, Plan
 from skipwise.sampling.denoiser import denoising
@@ -155,15 +154,7 @@ class Importance(_Frozen):
     @classmethod
     def load(cls, path: str | Path) -> "Importance":
         """Read what `save` wrote. Raises UserError, in one line, for anything else."""
-        try:
-            return cls.model_validate(json.loads(Path(path).read_text(encoding="utf-8")))
-        except (OSError, ValueError, ValidationError) as error:
-            problem = error.errors()[0] if isinstance(error, ValidationError) else None
-            where = ".".join(map(str, problem["loc"])) if problem else ""
-            reason = f"{where}: {problem['msg']}".removeprefix(": ") if problem else str(error).splitlines()[0]
-            raise UserError(
-                f"{path} is not a readable {FORMAT} file: {reason}. Make one with `skipwise schedule importance`."
-            ) from error
+        return read_model(cls, path, FORMAT, "skipwise schedule importance")
 
 
 def widths(bins: int, begin: float, end: float) -> np.ndarray:
