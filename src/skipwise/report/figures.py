@@ -11,7 +11,7 @@ from matplotlib.figure import Figure
 from torch import Tensor
 
 from skipwise.analysis.record import Analysis
-from skipwise.evaluation.result import Result
+from skipwise.evaluation.result import Interval, Result
 from skipwise.report.rows import methods, of_method
 
 # Colours that are told apart in print and by colour-blind readers (Okabe and Ito).
@@ -117,6 +117,11 @@ def models_by_depth(analyses: Sequence[Analysis]) -> str:
     return data_uri(figure, "svg")
 
 
+def error_bars(kept: Sequence[Interval]) -> list[list[float]]:
+    """How far intervals reach below and above their values, in percent, as `Axes.errorbar` takes it."""
+    return [[100 * max(0, k.value - k.low) for k in kept], [100 * max(0, k.high - k.value) for k in kept]]
+
+
 def retention_by_saving(results: Sequence[Result]) -> str:
     """Retention against block FLOPs saved, one line a model and method, with intervals or ranges."""
     figure, axes = new_figure(9.2, 4.2)
@@ -126,11 +131,10 @@ def retention_by_saving(results: Sequence[Result]) -> str:
             kept = [point.retention for point in found if point.retention]
             saved = [100 * point.saved_block_flops for point in found]
             values = [100 * interval.value for interval in kept]
-            errors = [[100 * max(0, k.value - k.low) for k in kept], [100 * max(0, k.high - k.value) for k in kept]]
             axes.errorbar(
                 saved,
                 values,
-                yerr=errors,
+                yerr=error_bars(kept),
                 color=COLOURS[i % len(COLOURS)],
                 linestyle=("--" if method == "random" else ("-", "-.", ":")[j % 3]),
                 marker="x" if method == "random" else "o",

@@ -9,7 +9,7 @@ from matplotlib.patches import Patch, Rectangle
 
 from skipwise.evaluation.result import Result, Row
 from skipwise.plan import Phase, Plan
-from skipwise.report.figures import COLOURS, INK, data_uri, new_figure
+from skipwise.report.figures import COLOURS, INK, data_uri, error_bars, new_figure
 from skipwise.scheduling.front import front
 
 # how a cell of the grid is run -> its colour
@@ -43,11 +43,10 @@ def draw_front(result: Result, by: Literal["flops", "seconds"]) -> Figure:
 
 def _scatter(axes: Axes, rows: Sequence[Row], by: Literal["flops", "seconds"], method: str, number: int) -> None:
     kept = [row.mean_retention for row in rows if row.mean_retention]
-    errors = [[100 * max(0, k.value - k.low) for k in kept], [100 * max(0, k.high - k.value) for k in kept]]
     axes.errorbar(
         [_place(row, by) for row in rows],
         [_kept(row) for row in rows],
-        yerr=errors,
+        yerr=error_bars(kept),
         color=COLOURS[number % len(COLOURS)],
         marker="osD^v<>"[number // len(COLOURS) % 7],
         markersize=5,
