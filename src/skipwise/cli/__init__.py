@@ -1,7 +1,6 @@
 """The command line: one small file a subcommand, each a thin call of one public function."""
 
 import os
-import sys
 
 # Before torch is loaded: threads that wait by spinning make a small model 40 times slower on a machine that is shared.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
@@ -23,7 +22,7 @@ from skipwise.cli import (
     schedule,
     zoo,
 )
-from skipwise.errors import UserError
+from skipwise.errors import as_one_line
 
 app = typer.Typer(
     help="Find the computation that a diffusion transformer does not need, skip it, and know what it cost.",
@@ -48,8 +47,5 @@ app.add_typer(zoo.app, name="zoo")
 
 def main() -> None:
     """Run the command line; a user's mistake is one line on stderr and exit code 2."""
-    try:
+    with as_one_line():
         app()
-    except UserError as error:
-        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
-        sys.exit(2)
