@@ -1,6 +1,8 @@
 """What differs between the families agrees with what their stock pipelines do."""
 
 import json
+import runpy
+import sys
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -10,6 +12,7 @@ import peft
 import pytest
 import torch
 from diffusers.training_utils import compute_density_for_timestep_sampling
+from PIL import Image
 
 from skipwise.errors import UserError
 from skipwise.finetuning.families import FAMILIES, Flux, PixArt, Sana, family_of
@@ -406,3 +409,18 @@ def test_unknown_names():
     with pytest.raises(UserError, match="nobody/nothing cannot be loaded") as caught:
         load_pipeline("nobody/nothing")  # the tests are offline
     assert "\n" not in str(caught.value)
+
+
+def test_latent_crops_are_measured_against_exact_ones(
+    saved, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    for name in ("a.png", "b.png"):
+        values = torch.randint(256, (40, 52, 3), generator=seeded(ord(name[0])), dtype=torch.uint8)
+        Image.fromarray(values.numpy()).save(tmp_path / name)
+    arguments = [str(saved("pixart")), "--images", str(tmp_path), "--resolution", "32", "--levels", "3"]
+    monkeypatch.setattr(sys, "argv", ["patch_space.py", *arguments])
+    runpy.run_path(str(Path(__file__).parent.parent / "benchmarks" / "patch_space.py"), run_name="__main__")
+    result = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert [row["side"] for row in result["rows"][:3]] == [20, 30, 40]
+    assert all(0 < row["error"] < 2 and 0 < row["half_pixel"] < 2 for row in result["rows"])
+    assert result["times"]["ratio"] > 0
