@@ -18,7 +18,6 @@ from skipwise.errors import UserError
 from skipwise.finetuning.families import FAMILIES, Flux, PixArt, Sana, family_of
 from skipwise.finetuning.lora import load_lora, lora_targets, save_lora
 from skipwise.finetuning.patches import Patch, Place, place_in_picture
-from skipwise.finetuning.pipelines import load_pipeline
 from tests.tiny_models import IMAGE
 from tests.tiny_pipelines import PROMPT, ROWS, pipeline, save
 
@@ -350,65 +349,6 @@ def test_resolutions_are_checked():
         family_of("FluxPipeline").check_resolution(flux, 500)
     with pytest.raises(UserError, match="multiple of 32: 32"):
         Sana().check_resolution(sana, 0)
-
-
-def test_components_can_be_left_out(saved):
-    pipe = load_pipeline(str(saved("sd3")), leave_out=["transformer", "vae"], dtype="bfloat16")
-    assert pipe.transformer is None
-    assert pipe.vae is None
-    assert pipe.text_encoder_3.dtype == torch.bfloat16
-    text = family_of(pipe).encode_prompts(pipe, [PROMPT])
-    assert text["pooled_projections"].shape == (1, 16)
-
-
-def spoil(folder: Path, what: str) -> dict[str, Any]:
-    """Make one thing wrong with a pipeline's folder, or return wrong settings."""
-    index = folder / "model_index.json"
-    content = json.loads(index.read_text())
-    if "no model_index" in what:
-        index.unlink()
-    elif "StableDiffusionXLPipeline" in what:
-        index.write_text(json.dumps(content | {"_class_name": "StableDiffusionXLPipeline"}))
-    elif "never run" in what:
-        index.write_text(json.dumps(content | {"transformer": ["my_code", "Model"]}))
-    elif "pickle" in what:
-        (weights,) = (folder / "transformer").glob("*.safetensors")
-        weights.rename(weights.with_suffix(".bin"))
-    elif "damaged" in what:
-        (weights,) = (folder / "transformer").glob("*.safetensors")
-        weights.write_bytes(weights.read_bytes()[:-100])
-    elif "dtype" in what:
-        return {"dtype": "float8"}
-    elif "component" in what:
-        return {"leave_out": ["unet"]}
-    return {}
-
-
-@pytest.mark.parametrize(
-    "what",
-    [
-        "no model_index.json",
-        "Unknown pipeline for fine-tuning 'StableDiffusionXLPipeline'",
-        "code from 'my_code', which is never run",
-        "only as pickle",
-        "damaged",
-        "Unknown dtype 'float8'",
-        "Unknown component of .* 'unet'",
-    ],
-)
-def test_what_cannot_be_loaded_is_said_in_one_line(tmp_path: Path, what: str):
-    settings = spoil(save("pixart", tmp_path), what)
-    with pytest.raises(UserError, match=what) as caught:
-        load_pipeline(str(tmp_path), **settings)
-    assert "\n" not in str(caught.value)
-
-
-def test_unknown_names():
-    with pytest.raises(UserError, match="There is no pipeline nowhere"):
-        load_pipeline("nowhere")
-    with pytest.raises(UserError, match="nobody/nothing cannot be loaded") as caught:
-        load_pipeline("nobody/nothing")  # the tests are offline
-    assert "\n" not in str(caught.value)
 
 
 def test_latent_crops_are_measured_against_exact_ones(
