@@ -114,7 +114,7 @@ def test_sharded_and_single_files_are_one_checkpoint(flux, tmp_path):
     assert shards.fingerprint() == single.fingerprint() == Resident(model).fingerprint()
     filled = shards.skeleton()
     shards.fill(filled)
-    assert torch.equal(output(filled, example(model)), output(model, example(model)))
+    assert all(torch.equal(p, q) for p, q in zip(filled.parameters(), model.parameters(), strict=True))
     min(tmp_path.glob("*.safetensors")).unlink()
     with pytest.raises(UserError, match=r"lacks diffusion_pytorch_model-00001-of-\d+.safetensors, which"):
         Shards.open(tmp_path)
