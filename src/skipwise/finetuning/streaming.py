@@ -53,12 +53,21 @@ def make_records(
     """
     if not samples:
         return []
-    device = torch.device(device or _device_of(model))
-    blocks.fill_outside(model, device=device)  # before anything runs: see Shards.fill_outside
+    wanted = shapes_of(model, samples[0], runs, blocks, device)
+    there = torch.device(device or _device_of(model))
+    making = Making(model, find_contract(model), blocks, there, Host(spill), samples)
     with torch.no_grad():
-        wanted = record_shapes(model, runs, _to(samples[0], device))
-        making = Making(model, find_contract(model), blocks, device, Host(spill), samples)
         return making.run(runs, wanted, on_block or (lambda name: None))
+
+
+def shapes_of(model: nn.Module, sample: Sample, runs: Sequence[Run], blocks: Weights, device: Device = None) -> Shapes:
+    """`record_shapes`, before any block is loaded: of each stream of each run its shape, or None when it is not kept.
+
+    Brings what is outside of the blocks to the device, where it stays.
+    """
+    there = torch.device(device or _device_of(model))
+    blocks.fill_outside(model, device=there)  # before anything runs: see Shards.fill_outside
+    return record_shapes(model, runs, _to(sample, there))
 
 
 class _ReachedError(BaseException):
