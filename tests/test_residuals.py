@@ -353,7 +353,7 @@ def killing(source, target):
 
 os.replace = killing
 model = IMAGE["sd3"]()
-fill(ResidualStore.create(sys.argv[1], SETTINGS, shard_bytes=20_000), [key(n) for n in range(5)], model)
+fill(ResidualStore.create(sys.argv[1], SETTINGS, shard_bytes=10_000), [key(n) for n in range(5)], model)
 """
 
 
@@ -368,10 +368,10 @@ def test_a_killed_making_goes_on_where_it_ended(sd3, tmp_path):
     keys = [key(n) for n in range(5)]
     store = ResidualStore.open(killed, SETTINGS)
     assert 0 < len(store) < 5
-    store = ResidualStore.create(killed, SETTINGS, shard_bytes=20_000)
+    store = ResidualStore.create(killed, SETTINGS, shard_bytes=10_000)
     assert store.missing(keys) == keys[len(store) :]
     fill(store, keys, sd3)
-    uninterrupted = ResidualStore.create(whole, SETTINGS, shard_bytes=20_000)
+    uninterrupted = ResidualStore.create(whole, SETTINGS, shard_bytes=10_000)
     fill(uninterrupted, keys, sd3)
     assert content(killed) == content(whole)
     assert len(content(whole)) > 3
