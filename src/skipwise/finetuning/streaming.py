@@ -101,7 +101,7 @@ class Noting(PassThrough):
 
 
 class Answering(PassThrough):
-    """Stands for a block of a stack that all samples have passed, and gives what the stack's last block gave."""
+    """Stands for the last block of a stack that all samples have passed, and gives what that block gave."""
 
     def __init__(self, block: nn.Module, stack: Stack, making: "Making"):
         super().__init__(block, stack)
@@ -144,11 +144,8 @@ class Making:
 
     def _note_stack(self) -> list[Note]:
         """The notes of the next stack, by sample."""
-        modules: dict[str, dict[int, nn.Module]] = {
-            name: {
-                number: Answering(block, stack, self) if name in self.done else Noting(block, stack, number, self)
-                for number, block in enumerate(module_list(self.model, name))
-            }
+        modules = {
+            name: {number: self._stand_in(stack, number) for number in range(stack.length)}
             for name, stack in self.contract.stacks.items()
         }
         notes = []
@@ -163,6 +160,13 @@ class Making:
         if len(notes) < len(self.samples) or len({note.stack for note in notes}) > 1:
             raise UserError("Samples take different ways through the model; make records of those alike together.")
         return notes
+
+    def _stand_in(self, stack: Stack, number: int) -> nn.Module:
+        block = module_list(self.model, stack.name)[number]
+        if stack.name not in self.done:
+            return Noting(block, stack, number, self)
+        last = number == stack.length - 1
+        return Answering(block, stack, self) if last else PassThrough(block, stack)
 
     def note_call(self, stack: Stack, number: int, arguments: dict[str, Any]) -> None:
         """A block of the next stack is called."""
