@@ -1,0 +1,254 @@
+"""One training step of LoRA under a memory tracker: on fake tensors, which hold no memory, or on real ones.
+
+Memory changes by the same amount with each of several equal blocks that follow each other, in the forward pass as in
+the backward pass. So a step is run with a few of them, and the part of the course that belongs to one is repeated.
+"""
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from copy import deepcopy
+from dataclasses import dataclass
+from itertools import groupby
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.nn import functional as F
+from torch.utils._pytree import tree_leaves
+
+from skipwise.blocks import Contract, find_contract, module_list
+from skipwise.examples import Size, example_inputs
+from skipwise.finetuning.emulation import norms_as_on_cuda
+from skipwise.finetuning.hollow import Shell, hollow
+from skipwise.finetuning.lora import add_lora, targets_in
+from skipwise.finetuning.peak import Bytes, PeakMemory, Segment
+from skipwise.finetuning.precision import computing, lora_dtype
+from skipwise.finetuning.resident import Weights, materialised
+from skipwise.finetuning.runs import Train, skipped_runs
+from skipwise.finetuning.settings import FinetuneSettings
+from skipwise.finetuning.streams import Shapes, stream_shapes
+from skipwise.loading import DTYPES
+from skipwise.plan import Plan
+from skipwise.skipping import PassThrough, placing
+
+KEPT = 3  # of equal blocks that follow each other: the first, one that stands for many, the last
+
+
+@dataclass(frozen=True)
+class Group:
+    """Equal blocks of one stack that follow each other and are treated alike: "trained", "frozen" or "streamed"."""
+
+    stack: str
+    role: str
+    kind: int
+    numbers: tuple[int, ...]
+
+    @property
+    def shortened(self) -> tuple[int, ...]:
+        """Those that are run."""
+        return self.numbers if len(self.numbers) <= KEPT else (*self.numbers[:2], self.numbers[-1])
+
+
+@dataclass
+class Course:
+    """How memory went in a step.
+
+    start: before the forward; end: after the backward; repeats: label of a segment -> how many blocks it stands for.
+    """
+
+    start: Bytes
+    segments: list[Segment]
+    repeats: Mapping[str, int]
+
+
+def train_of(contract: Contract, settings: FinetuneSettings) -> Train:
+    """The blocks that are trained; all of them when the settings name none."""
+    if settings.train is None:
+        return {name: tuple(range(stack.length)) for name, stack in contract.stacks.items()}
+    return settings.train
+
+
+def groups_of(model: nn.Module, contract: Contract, settings: FinetuneSettings) -> tuple[Group, ...]:
+    """The blocks that run in a training step, in order. Raises UserError for blocks that cannot be trained."""
+    train = train_of(contract, settings)
+    gone = {
+        (run.stack, n)
+        for run in skipped_runs(contract, train)
+        if run.early or settings.late == "residual"
+        for n in run.blocks
+    }
+    found = []
+    for name, stack in contract.stacks.items():
+        trained, blocks = set(train.get(name, ())), module_list(model, name)
+        kinds = [
+            (("gone" if (name, n) in gone else "trained" if n in trained else settings.late), kind_of(blocks[n]), n)
+            for n in range(stack.length)
+        ]
+        for (role, kind), members in groupby(kinds, key=lambda entry: entry[:2]):
+            if role != "gone":
+                found.append(Group(name, role, kind, tuple(n for *_, n in members)))
+    return tuple(found)
+
+
+def kind_of(block: nn.Module) -> int:
+    """Equal for blocks of the same class whose parameters have the same names and shapes."""
+    return hash((type(block), tuple((name, p.shape) for name, p in block.named_parameters())))
+
+
+class Stage:
+    """A model on the meta device, on which steps of different settings are played. It is frozen, else not changed.
+
+    size: from settings to the size of one forward; fake: False runs on real random tensors, which is a measurement.
+    """
+
+    def __init__(self, model: nn.Module, size: Callable[[FinetuneSettings], Size], fake: bool = True):
+        self.model, self.size, self.fake = model.requires_grad_(False), size, fake
+        self.contract = find_contract(model)
+
+    def play(self, settings: FinetuneSettings, shorten: bool = True) -> Course:
+        """One step: forward, loss, backward, and unless blocks are left out, AdamW's step."""
+        groups = groups_of(self.model, self.contract, settings)
+        streams = stream_shapes(self.model, self.contract, self.size(settings))
+        tracker = PeakMemory()
+        blocks = {name: list(module_list(self.model, name)) for name in self.contract.stacks}
+        with ExitStack() as stack:
+            if self.fake:
+                stack.enter_context(norms_as_on_cuda(self.model, settings))  # before blocks are copied or hidden
+            shell = stack.enter_context(self._hollowed(settings, tracker))
+            modules, repeats = self._cast(groups, blocks, settings, shorten)
+            stack.enter_context(placing(self.model, modules))
+            stack.enter_context(_gradient_checkpointing(self.model, settings.checkpointing))
+            stack.enter_context(self.tensors(settings))
+            running = {
+                f"{group.stack}.{n}": modules[group.stack].get(n, blocks[group.stack][n])
+                for group in groups
+                for n in (group.shortened if shorten else group.numbers)
+            }
+            stack.enter_context(_marks(running, tracker))
+            start = self._step(shell, settings, tracker, streams, optimise=not shorten)
+        return Course(start, tracker.segments[1:], repeats)
+
+    @contextmanager
+    def tensors(self, settings: FinetuneSettings) -> Iterator[None]:
+        """The model with fake or real tensors in the place of those on meta."""
+        mode: AbstractContextManager[Any] = FakeTensorMode(allow_non_fake_inputs=True) if self.fake else nullcontext()
+        with mode, materialised(self.model, DTYPES[settings.dtype], self.fake):
+            yield
+
+    def _hollowed(self, settings: FinetuneSettings, tracker: PeakMemory) -> AbstractContextManager[Shell]:
+        plan = Plan(model=self.contract.shape, train=dict(train_of(self.contract, settings)))
+        weights = Weights(tracker, DTYPES[settings.dtype], self.fake)
+        return hollow(self.model, plan, settings.late, blocks=weights)
+
+    def _cast(
+        self, groups: tuple[Group, ...], blocks: Mapping[str, list], settings: FinetuneSettings, shorten: bool
+    ) -> tuple[dict[str, dict[int, nn.Module]], dict[str, int]]:
+        """Copies with adapters in the place of trained blocks, nothing in that of blocks that others stand for."""
+        modules: dict[str, dict[int, nn.Module]] = {name: {} for name in blocks}
+        repeats: dict[str, int] = {}
+        for group in groups:
+            acting = group.shortened if shorten else group.numbers
+            for number in group.numbers:
+                block = blocks[group.stack][number]
+                if number not in acting:
+                    modules[group.stack][number] = PassThrough(block, self.contract.stacks[group.stack])
+                elif group.role == "trained":
+                    modules[group.stack][number] = adapted = deepcopy(block)
+                    add_lora(adapted, targets_in(block, settings.targets), settings.rank, lora_dtype(settings))
+            if len(acting) < len(group.numbers):
+                times = len(group.numbers) - len(acting) + 1
+                repeats |= {f"{way} {group.stack}.{acting[1]}": times for way in ("forward", "backward")}
+        return modules, repeats
+
+    def _step(
+        self, shell: Shell, settings: FinetuneSettings, tracker: PeakMemory, streams: Shapes, optimise: bool
+    ) -> Bytes:
+        model = self.model
+        inputs = example_inputs(model, self.size(settings), device="cpu")
+        lora = [p for p in model.parameters() if p.requires_grad]
+        optimiser = torch.optim.AdamW(lora, foreach=True)  # as it is on CUDA by default
+        if optimise:
+            _make_state(optimiser, lora)
+        shell.feed({run.name: _empty(streams, run.stack, run.stop, DTYPES[settings.dtype]) for run in shell.runs})
+        tracker.label((t for t in (*model.parameters(), *model.buffers()) if not t.requires_grad), "weights")
+        tracker.label(lora, "lora")
+        tracker.label(optimiser.state.values(), "optimiser")
+        tracker.label(inputs.values(), "inputs")
+        tracker.label(shell.given.values(), "residuals")
+        for parameter in lora:
+            parameter.register_post_accumulate_grad_hook(lambda p: tracker.label([p.grad], "gradients"))
+        start = tracker.now
+        tracker.mark("begin")
+        with tracker:
+            _forward_and_backward(model, inputs, settings)
+            tracker.mark("end")
+            if optimise:
+                optimiser.step()
+        tracker.mark("done")
+        return start
+
+
+def _forward_and_backward(model: nn.Module, inputs: Mapping[str, Any], settings: FinetuneSettings) -> None:
+    with computing(settings, "cpu"):
+        out = model(**inputs, return_dict=False)[0]
+    loss = F.mse_loss(out.float(), torch.empty_like(out, dtype=torch.float32))
+    del out
+    loss.backward()
+
+
+def _make_state(optimiser: torch.optim.Optimizer, parameters: list[nn.Parameter]) -> None:
+    """The state that an optimiser makes in its first step; the measured step is a later one."""
+    for parameter in parameters:
+        parameter.grad = torch.zeros_like(parameter)
+    optimiser.step()
+    optimiser.zero_grad(set_to_none=True)
+
+
+def _empty(streams: Shapes, stack: str, stop: int, dtype: torch.dtype) -> tuple[Tensor | None, ...]:
+    shapes = streams[stack][stop]
+    return tuple(None if shape is None else torch.zeros(shape, dtype=dtype) for shape in shapes)
+
+
+@contextmanager
+def _gradient_checkpointing(model: Any, on: bool) -> Iterator[None]:
+    if on:
+        model.enable_gradient_checkpointing()
+    try:
+        yield
+    finally:
+        if on:
+            model.disable_gradient_checkpointing()
+
+
+@contextmanager
+def _marks(blocks: Mapping[str, nn.Module], tracker: PeakMemory) -> Iterator[None]:
+    """Mark where each block's forward and backward begin; that a checkpointed block is run again is none of these."""
+    seen: set[str] = set()
+
+    def mark(label: str) -> None:
+        if label not in seen:
+            seen.add(label)
+            tracker.mark(label)
+
+    def enter(name: str) -> Callable[..., None]:
+        return lambda *_: mark(f"forward {name}")
+
+    def leave(name: str) -> Callable[..., None]:
+        def watch(module: nn.Module, args: Any, result: Any) -> None:
+            if f"watched {name}" not in seen:
+                seen.add(f"watched {name}")
+                for tensor in tree_leaves(result):
+                    if isinstance(tensor, Tensor) and tensor.requires_grad:
+                        # the first of a block's outputs whose gradient is known
+                        tensor.register_hook(lambda _: mark(f"backward {name}"))
+
+        return watch
+
+    handles = [block.register_forward_pre_hook(enter(name)) for name, block in blocks.items()]
+    handles += [block.register_forward_hook(leave(name)) for name, block in blocks.items()]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
