@@ -6,7 +6,7 @@ workspace), the allocator's rounding and fragments, and the context of the devic
 """
 
 import weakref
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -40,8 +40,8 @@ class Bytes:
     def __sub__(self, other: "Bytes") -> "Bytes":
         return self + -1 * other
 
-    def __rmul__(self, times: int) -> "Bytes":
-        return Bytes(tuple(times * part for part in self.by_part))
+    def __rmul__(self, times: float) -> "Bytes":
+        return Bytes(tuple(round(times * part) for part in self.by_part))
 
     def as_dict(self) -> dict[str, int]:
         """Part -> bytes."""
@@ -137,7 +137,7 @@ class PeakMemory(TorchDispatchMode):
         return result
 
 
-def compose(segments: Iterable[Segment], repeats: dict[str, int], start: Bytes) -> tuple[Bytes, Bytes]:
+def compose(segments: Iterable[Segment], repeats: Mapping[str, float], start: Bytes) -> tuple[Bytes, Bytes]:
     """(peak, end) when these segments follow each other from `start` on, those labelled in `repeats` that many times.
 
     Every repetition of a segment adds the same, so that its first or its last one is the highest.

@@ -50,16 +50,28 @@ class Group:
         return self.numbers if len(self.numbers) <= KEPT else (*self.numbers[:2], self.numbers[-1])
 
 
-@dataclass
-class Course:
-    """How memory went in a step.
+UNCACHE = "uncache"  # label of the segment in which autocast lets go of its copies of LoRA's weights
 
-    start: before the forward; end: after the backward; repeats: label of a segment -> how many blocks it stands for.
+
+@dataclass(frozen=True)
+class Course:
+    """How memory went in a step: before it, and in its segments.
+
+    Those of a block are labelled `forward` and `backward`, the number of its group, and its place among those that ran.
     """
 
     start: Bytes
     segments: list[Segment]
-    repeats: Mapping[str, int]
+
+
+def repeats_of(groups: tuple[Group, ...]) -> dict[str, int]:
+    """Label of a segment in a shortened course -> how many blocks it stands for."""
+    return {
+        f"{way} {number}.1": len(group.numbers) - KEPT + 1
+        for number, group in enumerate(groups)
+        if len(group.numbers) > KEPT
+        for way in ("forward", "backward")
+    }
 
 
 def train_of(contract: Contract, settings: FinetuneSettings) -> Train:
@@ -116,18 +128,18 @@ class Stage:
             if self.fake:
                 stack.enter_context(norms_as_on_cuda(self.model, settings))  # before blocks are copied or hidden
             shell = stack.enter_context(self._hollowed(settings, tracker))
-            modules, repeats = self._cast(groups, blocks, settings, shorten)
+            modules = self._cast(groups, blocks, settings, shorten)
             stack.enter_context(placing(self.model, modules))
             stack.enter_context(_gradient_checkpointing(self.model, settings.checkpointing))
             stack.enter_context(self.tensors(settings))
             running = {
-                f"{group.stack}.{n}": modules[group.stack].get(n, blocks[group.stack][n])
-                for group in groups
-                for n in (group.shortened if shorten else group.numbers)
+                f"{number}.{place}": modules[group.stack].get(n, blocks[group.stack][n])
+                for number, group in enumerate(groups)
+                for place, n in enumerate(group.shortened if shorten else group.numbers)
             }
             stack.enter_context(_marks(running, tracker))
             start = self._step(shell, settings, tracker, streams, optimise=not shorten)
-        return Course(start, tracker.segments[1:], repeats)
+        return Course(start, tracker.segments[1:])
 
     @contextmanager
     def tensors(self, settings: FinetuneSettings) -> Iterator[None]:
@@ -143,10 +155,9 @@ class Stage:
 
     def _cast(
         self, groups: tuple[Group, ...], blocks: Mapping[str, list], settings: FinetuneSettings, shorten: bool
-    ) -> tuple[dict[str, dict[int, nn.Module]], dict[str, int]]:
+    ) -> dict[str, dict[int, nn.Module]]:
         """Copies with adapters in the place of trained blocks, nothing in that of blocks that others stand for."""
         modules: dict[str, dict[int, nn.Module]] = {name: {} for name in blocks}
-        repeats: dict[str, int] = {}
         for group in groups:
             acting = group.shortened if shorten else group.numbers
             for number in group.numbers:
@@ -156,10 +167,7 @@ class Stage:
                 elif group.role == "trained":
                     modules[group.stack][number] = adapted = deepcopy(block)
                     add_lora(adapted, targets_in(block, settings.targets), settings.rank, lora_dtype(settings))
-            if len(acting) < len(group.numbers):
-                times = len(group.numbers) - len(acting) + 1
-                repeats |= {f"{way} {group.stack}.{acting[1]}": times for way in ("forward", "backward")}
-        return modules, repeats
+        return modules
 
     def _step(
         self, shell: Shell, settings: FinetuneSettings, tracker: PeakMemory, streams: Shapes, optimise: bool
@@ -181,7 +189,7 @@ class Stage:
         start = tracker.now
         tracker.mark("begin")
         with tracker:
-            _forward_and_backward(model, inputs, settings)
+            _forward_and_backward(model, inputs, settings, tracker)
             tracker.mark("end")
             if optimise:
                 optimiser.step()
@@ -189,9 +197,11 @@ class Stage:
         return start
 
 
-def _forward_and_backward(model: nn.Module, inputs: Mapping[str, Any], settings: FinetuneSettings) -> None:
+def _forward_and_backward(model: nn.Module, inputs: Mapping[str, Any], settings: FinetuneSettings, tracker: PeakMemory) -> None:
     with computing(settings, "cpu"):
         out = model(**inputs, return_dict=False)[0]
+        tracker.mark(UNCACHE)
+    tracker.mark("loss")
     loss = F.mse_loss(out.float(), torch.empty_like(out, dtype=torch.float32))
     del out
     loss.backward()
