@@ -1,17 +1,12 @@
 """What a fine-tuning is to be like: everything that decides how much memory it takes."""
 
-from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
 from typing import Any, Literal, Self, get_args
 
 from skipwise.errors import UserError, unknown
 from skipwise.finetuning.hollow import LateMode
+from skipwise.finetuning.lora import PROJECTIONS
 from skipwise.loading import DTYPES
-
-# the projections of attentions, by the names that diffusers gives them
-ATTENTION = (
-    "to_q", "to_k", "to_v", "to_out.0", "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out",
-)  # fmt: skip
 
 Precision = Literal["mixed", "autocast", "pure"]
 Optimiser = Literal["adamw", "adamw8bit"]
@@ -24,8 +19,7 @@ class FinetuneSettings:
 
     resolution: side, in pixels, that pictures are resized to; patch: side of the crops that the model sees, None for
     whole pictures; batch: samples a step.
-    train: stack -> numbers of the blocks that are trained, as in `Plan.train`; None trains all. late: what becomes of
-    skipped blocks behind the first trained one, as in `hollow`.
+    late: what becomes of skipped blocks behind the first trained one, as in `hollow`.
     checkpointing: activations inside of a block are computed again in the backward pass.
     rank, targets: of LoRA; targets are ends of names of linear layers in trained blocks.
     dtype: of the base weights. precision: "mixed" keeps LoRA in float32 and computes products in `dtype`, norms in the
@@ -37,11 +31,10 @@ class FinetuneSettings:
     resolution: int = 512
     patch: int | None = None
     batch: int = 1
-    train: Mapping[str, tuple[int, ...]] | None = None
     late: LateMode = "residual"
     checkpointing: bool = False
     rank: int = 16
-    targets: tuple[str, ...] = ATTENTION
+    targets: tuple[str, ...] = PROJECTIONS
     dtype: str = "bfloat16"
     precision: Precision = "mixed"
     optimiser: Optimiser = "adamw"

@@ -20,8 +20,8 @@ from torch.utils._pytree import tree_leaves
 from skipwise.blocks import Contract, find_contract, module_list
 from skipwise.examples import Size, example_inputs
 from skipwise.finetuning.emulation import norms_as_on_cuda
-from skipwise.finetuning.hollow import Shell, hollow
-from skipwise.finetuning.lora import add_lora, targets_in
+from skipwise.finetuning.hollow import LateMode, Shell, hollow
+from skipwise.finetuning.lora import add_lora, lora_targets
 from skipwise.finetuning.peak import Bytes, PeakMemory, Segment
 from skipwise.finetuning.precision import computing, lora_dtype
 from skipwise.finetuning.resident import Weights, materialised
@@ -74,27 +74,24 @@ def repeats_of(groups: tuple[Group, ...]) -> dict[str, int]:
     }
 
 
-def train_of(contract: Contract, settings: FinetuneSettings) -> Train:
-    """The blocks that are trained; all of them when the settings name none."""
-    if settings.train is None:
-        return {name: tuple(range(stack.length)) for name, stack in contract.stacks.items()}
-    return settings.train
+def everything(contract: Contract) -> Train:
+    """All blocks: ordinary LoRA."""
+    return {name: tuple(range(stack.length)) for name, stack in contract.stacks.items()}
 
 
-def groups_of(model: nn.Module, contract: Contract, settings: FinetuneSettings) -> tuple[Group, ...]:
+def groups_of(model: nn.Module, contract: Contract, train: Train, late: LateMode) -> tuple[Group, ...]:
     """The blocks that run in a training step, in order. Raises UserError for blocks that cannot be trained."""
-    train = train_of(contract, settings)
     gone = {
         (run.stack, n)
         for run in skipped_runs(contract, train)
-        if run.early or settings.late == "residual"
+        if run.early or late == "residual"
         for n in run.blocks
     }
     found = []
     for name, stack in contract.stacks.items():
         trained, blocks = set(train.get(name, ())), module_list(model, name)
         kinds = [
-            (("gone" if (name, n) in gone else "trained" if n in trained else settings.late), kind_of(blocks[n]), n)
+            (("gone" if (name, n) in gone else "trained" if n in trained else late), kind_of(blocks[n]), n)
             for n in range(stack.length)
         ]
         for (role, kind), members in groupby(kinds, key=lambda entry: entry[:2]):
@@ -118,16 +115,16 @@ class Stage:
         self.model, self.size, self.fake = model.requires_grad_(False), size, fake
         self.contract = find_contract(model)
 
-    def play(self, settings: FinetuneSettings, shorten: bool = True) -> Course:
+    def play(self, settings: FinetuneSettings, train: Train, shorten: bool = True) -> Course:
         """One step: forward, loss, backward, and unless blocks are left out, AdamW's step."""
-        groups = groups_of(self.model, self.contract, settings)
+        groups = groups_of(self.model, self.contract, train, settings.late)
         streams = stream_shapes(self.model, self.contract, self.size(settings))
         tracker = PeakMemory()
         blocks = {name: list(module_list(self.model, name)) for name in self.contract.stacks}
         with ExitStack() as stack:
             if self.fake:
                 stack.enter_context(norms_as_on_cuda(self.model, settings))  # before blocks are copied or hidden
-            shell = stack.enter_context(self._hollowed(settings, tracker))
+            shell = stack.enter_context(self._hollowed(settings, train, tracker))
             modules = self._cast(groups, blocks, settings, shorten)
             stack.enter_context(placing(self.model, modules))
             stack.enter_context(_gradient_checkpointing(self.model, settings.checkpointing))
@@ -148,8 +145,10 @@ class Stage:
         with mode, materialised(self.model, DTYPES[settings.dtype], self.fake):
             yield
 
-    def _hollowed(self, settings: FinetuneSettings, tracker: PeakMemory) -> AbstractContextManager[Shell]:
-        plan = Plan(model=self.contract.shape, train=dict(train_of(self.contract, settings)))
+    def _hollowed(
+        self, settings: FinetuneSettings, train: Train, tracker: PeakMemory
+    ) -> AbstractContextManager[Shell]:
+        plan = Plan(model=self.contract.shape, train={name: tuple(numbers) for name, numbers in train.items()})
         weights = Weights(tracker, DTYPES[settings.dtype], self.fake)
         return hollow(self.model, plan, settings.late, blocks=weights)
 
@@ -166,7 +165,7 @@ class Stage:
                     modules[group.stack][number] = PassThrough(block, self.contract.stacks[group.stack])
                 elif group.role == "trained":
                     modules[group.stack][number] = adapted = deepcopy(block)
-                    add_lora(adapted, targets_in(block, settings.targets), settings.rank, lora_dtype(settings))
+                    add_lora(adapted, lora_targets(block, ends=settings.targets), settings.rank, lora_dtype(settings))
         return modules
 
     def _step(
