@@ -31,9 +31,7 @@ def command(
     finetune: Annotated[
         bool, typer.Option("--finetune", help="Estimate the memory of fine-tuning an image model instead.")
     ] = False,
-    memory: Annotated[
-        str | None, typer.Option(help="With --finetune: find settings that fit, such as 8GiB.")
-    ] = None,
+    memory: Annotated[str | None, typer.Option(help="With --finetune: find settings that fit, such as 8GiB.")] = None,
     blocks: Annotated[
         str, typer.Option(help="With --finetune: blocks to train: all, a number, 50% of their bytes, or 8GiB.")
     ] = "all",

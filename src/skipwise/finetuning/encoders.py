@@ -51,9 +51,9 @@ def components(name: str) -> dict[str, Component]:
     index = folder / "model_index.json"
     listed = json.loads(index.read_text(encoding="utf-8")) if index.exists() else {}
     return {
-        part: Component(*listed[part], config=json.loads((folder / part / "config.json").read_text(encoding="utf-8")))
-        for part in listed
-        if part.startswith(("text_encoder", "vae")) and _is_known(listed[part], folder / part)
+        part: Component(row[0], row[1], json.loads((folder / part / "config.json").read_text(encoding="utf-8")))
+        for part, row in listed.items()
+        if part.startswith(("text_encoder", "vae")) and _is_known(row, folder / part)
     }
 
 

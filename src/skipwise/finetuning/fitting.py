@@ -41,6 +41,7 @@ class Fit:
     def sentence(self) -> str:
         """For people."""
         settings, estimate = self.settings, self.estimate
+        free = (needed(estimate) - estimate.peak) / GIB
         parts = [
             f"train {estimate.trained} of {self.blocks} blocks ({describe_blocks(self.train)}; "
             f"{self.trained_bytes / GIB:.2f} GiB of weights)",
@@ -53,8 +54,8 @@ class Fit:
         return (
             f"{estimate.model} fits your {show_bytes(self.memory)} card with these settings: {', '.join(parts)}. "
             f"Estimated peak {estimate.peak / GIB:.2f} GiB (training {estimate.training.total / GIB:.2f}, making of "
-            f"residuals {estimate.making.total / GIB:.2f}), and {(needed(estimate) - estimate.peak) / GIB:.2f} GiB kept "
-            "free for the device's own needs."
+            f"residuals {estimate.making.total / GIB:.2f}), and {free:.2f} GiB kept free "
+            "for the device's own needs."
         )
 
 
@@ -141,9 +142,7 @@ def describe_blocks(train: Train) -> str:
     return ", ".join(parts)
 
 
-def cheapest(
-    model: str | nn.Module | Estimator, memory: str | int, settings: FinetuneSettings | None = None
-) -> Fit:
+def cheapest(model: str | nn.Module | Estimator, memory: str | int, settings: FinetuneSettings | None = None) -> Fit:
     """The best settings with which a fine-tuning fits `memory` ("8GiB", or bytes), making of residuals included.
 
     settings: what to start from; precision, LoRA, batch and late mode are kept, and checkpointing, patch and optimiser

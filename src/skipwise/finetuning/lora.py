@@ -63,8 +63,9 @@ def add_lora(model: nn.Module, targets: Sequence[str], rank: int, dtype: torch.d
     peft = require("peft", "image")
     model.requires_grad_(False)
     config = peft.LoraConfig(r=rank, lora_alpha=rank, target_modules=list(targets), init_lora_weights="gaussian")
-    if hasattr(model, "add_adapter"):
-        model.add_adapter(config)
+    add: Any = getattr(model, "add_adapter", None)  # of diffusers' models, which then know that they have one
+    if add:
+        add(config)
     else:
         peft.inject_adapter_in_model(config, model)
     added = [parameter for parameter in model.parameters() if parameter.requires_grad]

@@ -1,8 +1,8 @@
 """Peak memory of a fine-tuning, by part, from the model's config alone: no weight is allocated.
 
-One training step is played on fake tensors (see `simulation`); weights, adapter and optimiser state are counted. What is
-estimated is what torch's allocator hands out at the peak. Kernels' workspaces, fragments and the context of the device
-come on top: see `fitting.RESERVE`.
+One training step is played on fake tensors (see `simulation`); weights, adapter and optimiser state are counted. This
+estimates what torch's allocator hands out at the peak. Kernels' workspaces, fragments and the context of the device
+come on top: see `fitting.needed`.
 """
 
 import math
@@ -20,13 +20,21 @@ from skipwise.examples import Size
 from skipwise.finetuning.encoders import components, encoding_peak, weights_of
 from skipwise.finetuning.families import family_of
 from skipwise.finetuning.lora import lora_sizes
-from skipwise.finetuning.making import making_peak
+from skipwise.finetuning.making_memory import making_peak
 from skipwise.finetuning.peak import Bytes, compose
 from skipwise.finetuning.precision import lora_dtype
-from skipwise.finetuning.runs import Run, Train, skipped_runs
+from skipwise.finetuning.runs import Run, Train
 from skipwise.finetuning.settings import FinetuneSettings
-from skipwise.finetuning.simulation import UNCACHE, Course, Group, Stage, everything, groups_of, repeats_of
-from skipwise.finetuning.streams import stream_shapes
+from skipwise.finetuning.simulation import (
+    UNCACHE,
+    Course,
+    Group,
+    Stage,
+    everything,
+    groups_of,
+    repeats_of,
+    stored_runs,
+)
 from skipwise.loading import DTYPES, load_skeleton
 
 GIB = 2**30
@@ -44,7 +52,7 @@ class MemoryEstimate:
     """Estimated peak memory of a fine-tuning, in bytes.
 
     training: at the highest moment of a training step; making: of making residuals, zero where none are stored;
-    encoding: of encoding pictures, zero where the autoencoder is not known. These three follow each other on the device.
+    encoding: of encoding pictures, zero where the autoencoder is not known. The three follow each other on the device.
     text_encoders: bytes of weights of each, which run on the host. record: what is stored of one draw.
     lora_parameters: elements; trained: how many blocks are trained.
     """
@@ -142,8 +150,7 @@ class Estimator:
         settings = settings or FinetuneSettings()
         train = everything(self.contract) if train is None else train
         groups = groups_of(self.model, self.contract, train, settings.late)
-        runs = skipped_runs(self.contract, train)
-        stored = tuple(run for run in runs if run.early or settings.late == "residual")
+        stored = stored_runs(self.contract, train, settings.late)
         return MemoryEstimate(
             model=self.name,
             settings=settings,
@@ -213,9 +220,9 @@ class Estimator:
         return self._encodings[key]
 
     def _record(self, settings: FinetuneSettings, stored: tuple[Run, ...]) -> int:
-        shapes = stream_shapes(self.model, self.contract, self.size(settings.but(batch=1)))
-        width = DTYPES[settings.dtype].itemsize
-        return sum(width * math.prod(shape) for run in stored for shape in shapes[run.stack][run.stop] if shape)
+        shapes = self._stage.record_shapes(settings.but(batch=1), stored)
+        elements = sum(math.prod(shape) for row in shapes.values() for shape in row if shape)
+        return elements * DTYPES[settings.dtype].itemsize
 
 
 def optimiser_bytes(settings: FinetuneSettings, sizes: Sequence[int]) -> int:

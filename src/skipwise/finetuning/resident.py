@@ -2,13 +2,14 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from skipwise.finetuning.peak import PeakMemory
 
-Slots = list[tuple[dict[str, Tensor | None], str, Tensor]]  # where a tensor is held, its name there, and itself
+Slots = list[tuple[dict[str, Any], str, Tensor]]  # where a tensor is held, its name there, and itself
 
 
 @contextmanager
@@ -47,7 +48,8 @@ def _fill(model: nn.Module, dtype: torch.dtype, fake: bool) -> Slots:
     slots: Slots = []
     made: dict[int, Tensor] = {}  # tied weights stay tied
     for module in model.modules():
-        for held in (module._parameters, module._buffers):
+        holders: list[dict[str, Any]] = [module._parameters, module._buffers]
+        for held in holders:
             for name, tensor in held.items():
                 if tensor is not None and tensor.is_meta:
                     if id(tensor) not in made:

@@ -48,11 +48,12 @@ class FinetuneSettings:
             raise unknown("dtype", self.dtype, DTYPES)
         for name in ("resolution", "patch", "batch", "rank", "text_tokens"):
             value = getattr(self, name)
-            if value is not None and value < 1:
-                raise UserError(f"A fine-tuning's {name} is {value}; give a whole number above 0.")
+            if value is not None and (not isinstance(value, int) or value < 1):
+                raise UserError(f"A fine-tuning's {name} is {value!r}; give a whole number above 0.")
         if self.patch is not None and self.patch > self.resolution:
             raise UserError(
-                f"Patches of {self.patch} px do not fit into pictures of {self.resolution} px; choose patch <= resolution."
+                f"Patches of {self.patch} px do not fit into pictures of {self.resolution} px; "
+                "choose a patch of at most the resolution."
             )
         if not self.targets:
             raise UserError("LoRA has no targets; name ends of linear layers' names, such as to_q.")

@@ -19,15 +19,15 @@ from torch.utils._pytree import tree_leaves
 
 from skipwise.blocks import Contract, find_contract, module_list
 from skipwise.examples import Size, example_inputs
+from skipwise.finetuning.dataflow import Shapes, record_shapes
 from skipwise.finetuning.emulation import norms_as_on_cuda
 from skipwise.finetuning.hollow import LateMode, Shell, hollow
 from skipwise.finetuning.lora import add_lora, lora_targets
 from skipwise.finetuning.peak import Bytes, PeakMemory, Segment
 from skipwise.finetuning.precision import computing, lora_dtype
 from skipwise.finetuning.resident import Weights, materialised
-from skipwise.finetuning.runs import Train, skipped_runs
+from skipwise.finetuning.runs import Run, Train, skipped_runs
 from skipwise.finetuning.settings import FinetuneSettings
-from skipwise.finetuning.streams import Shapes, stream_shapes
 from skipwise.loading import DTYPES
 from skipwise.plan import Plan
 from skipwise.skipping import PassThrough, placing
@@ -79,14 +79,14 @@ def everything(contract: Contract) -> Train:
     return {name: tuple(range(stack.length)) for name, stack in contract.stacks.items()}
 
 
+def stored_runs(contract: Contract, train: Train, late: LateMode) -> tuple[Run, ...]:
+    """The runs of skipped blocks whose outputs or residuals are stored."""
+    return tuple(run for run in skipped_runs(contract, train) if run.early or late == "residual")
+
+
 def groups_of(model: nn.Module, contract: Contract, train: Train, late: LateMode) -> tuple[Group, ...]:
     """The blocks that run in a training step, in order. Raises UserError for blocks that cannot be trained."""
-    gone = {
-        (run.stack, n)
-        for run in skipped_runs(contract, train)
-        if run.early or late == "residual"
-        for n in run.blocks
-    }
+    gone = {(run.stack, number) for run in stored_runs(contract, train, late) for number in run.blocks}
     found = []
     for name, stack in contract.stacks.items():
         trained, blocks = set(train.get(name, ())), module_list(model, name)
@@ -118,7 +118,7 @@ class Stage:
     def play(self, settings: FinetuneSettings, train: Train, shorten: bool = True) -> Course:
         """One step: forward, loss, backward, and unless blocks are left out, AdamW's step."""
         groups = groups_of(self.model, self.contract, train, settings.late)
-        streams = stream_shapes(self.model, self.contract, self.size(settings))
+        shapes = self.record_shapes(settings, stored_runs(self.contract, train, settings.late))
         tracker = PeakMemory()
         blocks = {name: list(module_list(self.model, name)) for name in self.contract.stacks}
         with ExitStack() as stack:
@@ -135,8 +135,12 @@ class Stage:
                 for place, n in enumerate(group.shortened if shorten else group.numbers)
             }
             stack.enter_context(_marks(running, tracker))
-            start = self._step(shell, settings, tracker, streams, optimise=not shorten)
+            start = self._step(shell, settings, tracker, shapes, optimise=not shorten)
         return Course(start, tracker.segments[1:])
+
+    def record_shapes(self, settings: FinetuneSettings, runs: tuple[Run, ...]) -> Shapes:
+        """The shapes of what is stored of one batch."""
+        return record_shapes(self.model, runs, example_inputs(self.model, self.size(settings))) if runs else {}
 
     @contextmanager
     def tensors(self, settings: FinetuneSettings) -> Iterator[None]:
@@ -145,9 +149,7 @@ class Stage:
         with mode, materialised(self.model, DTYPES[settings.dtype], self.fake):
             yield
 
-    def _hollowed(
-        self, settings: FinetuneSettings, train: Train, tracker: PeakMemory
-    ) -> AbstractContextManager[Shell]:
+    def _hollowed(self, settings: FinetuneSettings, train: Train, tracker: PeakMemory) -> AbstractContextManager[Shell]:
         plan = Plan(model=self.contract.shape, train={name: tuple(numbers) for name, numbers in train.items()})
         weights = Weights(tracker, DTYPES[settings.dtype], self.fake)
         return hollow(self.model, plan, settings.late, blocks=weights)
@@ -169,7 +171,7 @@ class Stage:
         return modules
 
     def _step(
-        self, shell: Shell, settings: FinetuneSettings, tracker: PeakMemory, streams: Shapes, optimise: bool
+        self, shell: Shell, settings: FinetuneSettings, tracker: PeakMemory, shapes: Shapes, optimise: bool
     ) -> Bytes:
         model = self.model
         inputs = example_inputs(model, self.size(settings), device="cpu")
@@ -177,7 +179,13 @@ class Stage:
         optimiser = torch.optim.AdamW(lora, foreach=True)  # as it is on CUDA by default
         if optimise:
             _make_state(optimiser, lora)
-        shell.feed({run.name: _empty(streams, run.stack, run.stop, DTYPES[settings.dtype]) for run in shell.runs})
+        dtype = DTYPES[settings.dtype]
+        shell.feed(
+            {
+                name: tuple(None if s is None else torch.zeros(s, dtype=dtype) for s in row)
+                for name, row in shapes.items()
+            }
+        )
         tracker.label((t for t in (*model.parameters(), *model.buffers()) if not t.requires_grad), "weights")
         tracker.label(lora, "lora")
         tracker.label(optimiser.state.values(), "optimiser")
@@ -196,7 +204,9 @@ class Stage:
         return start
 
 
-def _forward_and_backward(model: nn.Module, inputs: Mapping[str, Any], settings: FinetuneSettings, tracker: PeakMemory) -> None:
+def _forward_and_backward(
+    model: nn.Module, inputs: Mapping[str, Any], settings: FinetuneSettings, tracker: PeakMemory
+) -> None:
     with computing(settings, "cpu"):
         out = model(**inputs, return_dict=False)[0]
         tracker.mark(UNCACHE)
@@ -212,11 +222,6 @@ def _make_state(optimiser: torch.optim.Optimizer, parameters: list[nn.Parameter]
         parameter.grad = torch.zeros_like(parameter)
     optimiser.step()
     optimiser.zero_grad(set_to_none=True)
-
-
-def _empty(streams: Shapes, stack: str, stop: int, dtype: torch.dtype) -> tuple[Tensor | None, ...]:
-    shapes = streams[stack][stop]
-    return tuple(None if shape is None else torch.zeros(shape, dtype=dtype) for shape in shapes)
 
 
 @contextmanager
