@@ -7,6 +7,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import nn
 
 from skipwise.errors import UserError, require
@@ -19,28 +20,58 @@ PEFT_WEIGHTS, PEFT_CONFIG = "adapter_model.safetensors", "adapter_config.json"
 PEFT_PREFIX = "base_model.model."
 
 
-def lora_targets(transformer: nn.Module, train: Mapping[str, Sequence[int]] | None = None) -> list[str]:
-    """Names of the attention projections, for peft's `target_modules`, in order.
+def lora_targets(
+    transformer: nn.Module, train: Mapping[str, Sequence[int]] | None = None, ends: Sequence[str] = PROJECTIONS
+) -> list[str]:
+    """Names of the linear layers that end in one of `ends`, for peft's `target_modules`, in order.
 
     train: stack name -> numbers of the blocks to look in; without, all blocks. Raises UserError when there are none.
     """
     names = [
         name
         for name, module in transformer.named_modules()
-        if isinstance(module, nn.Linear) and _ends(name) and (train is None or _inside(name, train))
+        if isinstance(module, nn.Linear) and _ends(name, ends) and (train is None or _inside(name, train))
     ]
     if not names:
-        where = "its blocks" if train is None else f"blocks {dict(train)}"
-        raise UserError(f"{type(transformer).__name__} has no attention projections in {where}; choose other blocks.")
+        where = "" if train is None else f" in blocks {dict(train)}"
+        raise UserError(
+            f"{type(transformer).__name__} has no linear layer{where} that ends in {', '.join(ends)}; choose other "
+            "blocks or other targets."
+        )
     return names
 
 
-def _ends(name: str) -> bool:
-    return any(name.endswith(f".{projection}") for projection in PROJECTIONS)
+def _ends(name: str, ends: Sequence[str]) -> bool:
+    return any(name.endswith(f".{end}") for end in ends)
 
 
 def _inside(name: str, train: Mapping[str, Sequence[int]]) -> bool:
     return any(name.startswith(f"{stack}.{block}.") for stack, blocks in train.items() for block in blocks)
+
+
+def lora_sizes(block: nn.Module, ends: Sequence[str], rank: int) -> list[int]:
+    """Numbers of elements of the tensors of an adapter of this rank on a block: A and B of every layer."""
+    layers: list[Any] = [block.get_submodule(name) for name in lora_targets(block, ends=ends)]
+    return [rank * width for layer in layers for width in (layer.in_features, layer.out_features)]
+
+
+def add_lora(model: nn.Module, targets: Sequence[str], rank: int, dtype: torch.dtype) -> list[nn.Parameter]:
+    """Give the layers of these names an adapter of this rank (alpha = rank), and return its parameters, in `dtype`.
+
+    Everything else is frozen. Works on the meta device too; inside of a FakeTensorMode peft does not.
+    """
+    peft = require("peft", "image")
+    model.requires_grad_(False)
+    config = peft.LoraConfig(r=rank, lora_alpha=rank, target_modules=list(targets), init_lora_weights="gaussian")
+    add: Any = getattr(model, "add_adapter", None)  # of diffusers' models, which then know that they have one
+    if add:
+        add(config)
+    else:
+        peft.inject_adapter_in_model(config, model)
+    added = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    for parameter in added:
+        parameter.data = parameter.data.to(dtype)
+    return added
 
 
 def save_lora(pipeline_class: Any, folder: str | Path, transformer: nn.Module, adapter: str = "default") -> Path:
