@@ -28,8 +28,8 @@ def load_pipeline(
         raise unknown("dtype", dtype, DTYPES)
     folder = _folder(name)
     source = Source(name, folder or Path(name))
+    index = read_index(name, revision)
     with readable_errors(source):
-        index = diffusers.DiffusionPipeline.load_config(str(folder or name), revision=revision)
         _check(index, source, leave_out)
         return diffusers.DiffusionPipeline.from_pretrained(
             str(folder or name),
@@ -39,6 +39,19 @@ def load_pipeline(
             torch_dtype=DTYPES[dtype or "float32"],
             **dict.fromkeys(leave_out),
         )
+
+
+def read_index(name: str, revision: str | None = None) -> dict[str, Any]:
+    """The pipeline's model_index.json: class names by component. Raises UserError as `load_pipeline` does."""
+    diffusers = require("diffusers", "image")
+    folder = _folder(name)
+    with readable_errors(Source(name, folder or Path(name))):
+        return diffusers.DiffusionPipeline.load_config(str(folder or name), revision=revision)
+
+
+def pipeline_class(name: str) -> Any:
+    """The class of the pipeline in diffusers, without loading it."""
+    return getattr(require("diffusers", "image"), read_index(name)["_class_name"])
 
 
 def _folder(name: str) -> Path | None:
