@@ -12,6 +12,7 @@ from skipwise.cli import (
     demo,
     evaluate,
     export,
+    finetune,
     generate,
     heal,
     inspect,
@@ -34,6 +35,7 @@ app.command("inspect")(inspect.command)
 app.command("analyze")(analyze.command)
 app.command("plan")(plan.command)
 app.command("heal")(heal.command)
+app.command("finetune")(finetune.command)
 app.command("generate")(generate.command)
 app.command("eval")(evaluate.command)
 app.command("judge")(judge.command)
