@@ -4,6 +4,8 @@ import os
 
 # Before torch is loaded: threads that wait by spinning make a small model 40 times slower on a machine that is shared.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+# Before diffusers is: what it warns of (casts on the meta device, adapters without text encoders) is meant.
+os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")
 
 import typer
 
