@@ -72,6 +72,9 @@ def test_every_family_trains_and_its_stock_pipeline_loads_the_adapter(row, pipel
     log = read_log(tmp_path / "out" / "train.jsonl")
     assert [line["step"] for line in log] == [2, 4]
     assert all(line["loss"] > 0 and line["seconds_a_step"] > 0 for line in log)
+    parts = log[-1]["peak_by_part"]
+    assert log[-1]["peak_bytes"] == sum(parts.values())
+    assert min(parts["weights"], parts["lora"], parts["optimiser"], parts["activations"]) > 0
     # the text side of the last trained block may lead nowhere
     learnt = [
         t for key, t in tensors(path).items() if key.endswith("attn.to_q.lora_B.weight") or "attn2.to_q.lora_B" in key
@@ -122,6 +125,17 @@ def test_paper_mode_trains_on_stored_residuals(pipelines, subject, tmp_path):
     flying = tensors(finetune(name, subject, tmp_path / "flying", plan_of(name), SETTINGS, fresh, device="cpu"))
     assert not (tmp_path / "flying" / "residuals").exists()
     assert all(flying[key].allclose(tensor, rtol=1e-4, atol=1e-6) for key, tensor in stored.items())
+
+
+def test_less_is_in_memory_when_blocks_are_skipped_and_crops_are_small(pipelines, subject, tmp_path):
+    """What is measured falls as what is estimated does: the skipped blocks' weights and activations are not there."""
+    name = pipelines("flux")
+    whole = replace(SETTINGS, patch=None)
+    finetune(name, subject, tmp_path / "whole", None, whole, TRAINING, device="cpu")
+    finetune(name, subject, tmp_path / "less", plan_of(name), SETTINGS, TRAINING, device="cpu")
+    most, least = (read_log(tmp_path / run / "train.jsonl")[-1]["peak_by_part"] for run in ("whole", "less"))
+    assert least["weights"] < 0.6 * most["weights"]
+    assert least["activations"] < 0.6 * most["activations"]
 
 
 def test_a_run_that_ends_early_goes_on_to_the_same_end(pipelines, subject, tmp_path):

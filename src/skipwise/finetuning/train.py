@@ -2,8 +2,6 @@
 
 import json
 import math
-import resource
-import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
@@ -20,6 +18,7 @@ from skipwise.finetuning.draws import Draw, batch_of
 from skipwise.finetuning.families import Family
 from skipwise.finetuning.hollow import Record, Shell
 from skipwise.finetuning.patches import PatchSchedule, Place, place_in_picture
+from skipwise.finetuning.peak import Bytes, PeakMemory
 from skipwise.finetuning.precision import computing
 from skipwise.finetuning.prepare import Prepared
 from skipwise.finetuning.residuals import DrawKey
@@ -139,6 +138,7 @@ class Trainer:
     parameters: list[nn.Parameter]
     accelerator: Any
     lines: list[dict[str, Any]] = field(default_factory=list)
+    peak: Bytes = field(default_factory=Bytes)  # by part, of the one step that was measured
 
     def __post_init__(self) -> None:
         self.optimizer = optimizer_class(self.settings)(self.parameters, lr=self.training.learning_rate)
@@ -150,20 +150,43 @@ class Trainer:
         stop_after: end early, as if killed after that step. Raises UserError when the loss is not finite.
         """
         first = self.checkpoint.resume(self.parameters, self.optimizer)
+        measured = min(first + 1, self.training.steps - 1)  # by then the optimiser has its state
         self.lines = [line for line in read_log(self.folder / "train.jsonl") if line["step"] <= first]
         last = min(self.training.steps, stop_after or self.training.steps)
         losses, began = [], time.monotonic()
         for step in range(first, last):
-            losses.append(self._step(step))
+            losses.append(self._measured(step) if step == measured and not self._on_gpu else self._step(step))
             if on_progress:
                 seconds = (time.monotonic() - began) / (step + 1 - first)
-                on_progress(
-                    step + 1, self.training.steps, f"loss {losses[-1]:.4f}, {peak_gib():.2f} GiB, {seconds:.2g} s"
-                )
+                on_progress(step + 1, self.training.steps, self._told(losses[-1], seconds))
             if (step + 1) % self.training.checkpoint_every == 0 or step + 1 == self.training.steps:
                 self._keep(step + 1, losses, time.monotonic() - began)
                 losses, began, first = [], time.monotonic(), step + 1
         return last
+
+    def _told(self, loss: float, seconds: float) -> str:
+        return f"loss {loss:.4f}, {self.peak_bytes / GIB:.3g} GiB, {seconds:.2g} s a step"
+
+    @property
+    def _on_gpu(self) -> bool:
+        return torch.device(self.samples.device).type == "cuda"
+
+    @property
+    def peak_bytes(self) -> int:
+        """The most memory of a step so far: what a GPU's allocator says, else that of the tensors that were counted."""
+        return torch.cuda.max_memory_allocated(self.samples.device) if self._on_gpu else self.peak.total
+
+    def _measured(self, step: int) -> float:
+        """A step whose tensors are counted."""
+        tracker, trained = PeakMemory(), {id(parameter) for parameter in self.parameters}
+        held = [*self.shell.model.parameters(), *self.shell.model.buffers()]
+        tracker.label((tensor for tensor in held if id(tensor) not in trained and not tensor.is_meta), "weights")
+        tracker.label(self.parameters, "lora")
+        tracker.label(self.optimizer.state.values(), "optimiser")
+        with tracker:
+            loss = self._step(step)
+        self.peak = tracker.peak
+        return loss
 
     def _step(self, step: int) -> float:
         for group in self.optimizer.param_groups:
@@ -212,7 +235,8 @@ class Trainer:
             "step": step,
             "loss": sum(losses) / len(losses),
             "seconds_a_step": seconds / len(losses),
-            "peak_gib": peak_gib(),
+            "peak_bytes": self.peak_bytes,
+            "peak_by_part": self.peak.as_dict(),
         }
         self.lines.append(line)
         write_atomically(self.folder / "train.jsonl", "".join(json.dumps(line) + "\n" for line in self.lines))
@@ -235,11 +259,3 @@ def optimizer_class(settings: FinetuneSettings) -> Any:
             "Optimiser adamw8bit needs bitsandbytes, which is not installed: pip install bitsandbytes, or take adamw."
         ) from error
     return bitsandbytes.optim.AdamW8bit
-
-
-def peak_gib() -> float:
-    """The most memory so far: of the GPU, as torch's allocator counts it, or else of this process (resident set)."""
-    if torch.cuda.is_available() and torch.cuda.is_initialized():
-        return torch.cuda.max_memory_allocated() / GIB
-    unit = 1 if sys.platform == "darwin" else 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / GIB
