@@ -113,7 +113,7 @@ def embedded_names() -> list[str]:
 def find(name: str, revision: str | None = None, weights: bool = True) -> Source:
     """Where the model of this name is. A hub repository is fetched, its config alone when `weights` is False."""
     if name in embedded_names():
-        return Source(name, Path(str(files("skipwise.zoo").joinpath("weights", name))))
+        return Source(name, _denoiser(_embedded(name)))
     if name in FETCHED:
         folder = user_cache() / name
         if not (folder / "config.json").exists():
@@ -126,9 +126,29 @@ def find(name: str, revision: str | None = None, weights: bool = True) -> Source
         require("gguf", "gguf")
         return Source(name, path.parent, path.name)
     if path.is_dir():
-        inner = path / "transformer"  # a diffusers pipeline: what denoises is its transformer
-        return Source(name, inner if (path / "model_index.json").exists() and inner.is_dir() else path)
+        return Source(name, _denoiser(path))
     return _from_hub(name, revision, weights)
+
+
+def _embedded(name: str) -> Path:
+    return Path(str(files("skipwise.zoo").joinpath("weights", name)))
+
+
+def _denoiser(folder: Path) -> Path:
+    """Of a diffusers pipeline what denoises, its transformer; any other folder as it is."""
+    inner = folder / "transformer"
+    return inner if (folder / "model_index.json").exists() and inner.is_dir() else folder
+
+
+def pipeline_folder(name: str, revision: str | None = None) -> Path:
+    """The folder of the whole diffusers pipeline of what `load` takes: text encoders and autoencoder are beside it.
+
+    Raises UserError as `load` does, and when it is a model alone.
+    """
+    folder = find(name, revision).folder
+    if folder.name != "transformer" or not (folder.parent / "model_index.json").exists():
+        raise UserError(f"{name} is no diffusers pipeline; give the folder that has its model_index.json.")
+    return folder.parent
 
 
 def _from_hub(name: str, revision: str | None, weights: bool) -> Source:

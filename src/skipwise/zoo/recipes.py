@@ -60,3 +60,42 @@ RECIPES = {
     "tiny-text": _TEXT,
     "tiny-text-light": Recipe(**{**vars(_TEXT), "blocks": 4}),
 }
+
+
+@dataclass(frozen=True)
+class PictureRecipe:
+    """All that determines a text-to-image model of the zoo: a FLUX with its text encoders, and its autoencoder.
+
+    double_blocks, single_blocks, heads, head_width: of the transformer. text_width, text_blocks: of both text encoders,
+    of which each reads `length` tokens. vae_widths: channels at 64, 32 and 16 pixels. The autoencoder is trained
+    first, `vae_steps` batches of `vae_batch`. dropout: share of captions that are emptied, so that guidance works.
+    average: decay of the moving average of the weights, which is what is kept.
+    """
+
+    double_blocks: int = 4
+    single_blocks: int = 8
+    heads: int = 4
+    head_width: int = 32
+    text_width: int = 64
+    text_blocks: int = 2
+    length: int = 16
+    latent_channels: int = 16
+    vae_widths: tuple[int, ...] = (16, 32, 64)
+    vae_steps: int = 4500
+    vae_batch: int = 4
+    vae_learning_rate: float = 3e-3
+    steps: int = 4000
+    batch_size: int = 32
+    learning_rate: float = 3e-3
+    warmup: int = 100
+    decay_from: float = 0.6
+    dropout: float = 0.1
+    average: float = 0.999
+
+    @property
+    def width(self) -> int:
+        """Of the transformer."""
+        return self.heads * self.head_width
+
+
+PICTURE_RECIPES = {"tiny-dit": PictureRecipe()}

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from skipwise.files import write_state
 from skipwise.zoo.build import ZooModel, blocks_of, build_model
 from skipwise.zoo.losses import LOSSES, Batch, data
-from skipwise.zoo.recipes import RECIPES, Recipe
+from skipwise.zoo.recipes import RECIPES, PictureRecipe, Recipe
 
 
 def build_optimizers(model: nn.Module, recipe: Recipe) -> list[torch.optim.Optimizer]:
@@ -37,7 +37,7 @@ def build_optimizers(model: nn.Module, recipe: Recipe) -> list[torch.optim.Optim
     ]
 
 
-def schedule(recipe: Recipe, step: int) -> float:
+def schedule(recipe: Recipe | PictureRecipe, step: int) -> float:
     """Learning-rate factor: linear warm-up, constant, linear decay to 2%."""
     remaining = (recipe.steps - step) / (recipe.steps * (1 - recipe.decay_from))
     return min(1.0, (step + 1) / recipe.warmup) * max(0.02, min(1.0, remaining))
@@ -88,7 +88,7 @@ def train(
         for step in range(first, stop_after or recipe.steps):
             with torch.autocast("cpu", torch.bfloat16) if recipe.autocast else nullcontext():
                 loss = LOSSES[recipe.objective](model, next(stream), generator, recipe.stratified)
-            total, steps = total + _update(model, loss, optimizers, base, schedule(recipe, step)), steps + 1
+            total, steps = total + update(model, loss, optimizers, base, schedule(recipe, step)), steps + 1
             if (step + 1) % every == 0 or step + 1 == recipe.steps:
                 seconds = elapsed + time.monotonic() - began
                 progress = Progress(
@@ -101,7 +101,7 @@ def train(
     return model.eval()
 
 
-def _update(
+def update(
     model: nn.Module, loss: Tensor, optimizers: list[torch.optim.Optimizer], base: list[float], factor: float
 ) -> float:
     """One optimizer step at `factor` times the base learning rates; returns the loss."""
