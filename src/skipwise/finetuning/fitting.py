@@ -206,7 +206,10 @@ class _Search:
         return consecutive(self.sizes, count, self.place)
 
     def _fits(self, way: FinetuneSettings, count: int) -> bool:
-        return needed(self.estimator.estimate(way, self._blocks(count))) <= self.limit
+        train = self._blocks(count)
+        if self.estimator.at_least(way, train) > self.limit:
+            return False
+        return needed(self.estimator.estimate(way, train)) <= self.limit
 
     def _most(self, way: FinetuneSettings) -> int:
         return _largest(self.total, lambda count: self._fits(way, count))
