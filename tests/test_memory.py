@@ -1,6 +1,9 @@
 """Estimates of a fine-tuning's memory against what real tensors take, and what is chosen by them."""
 
+import importlib.util
+import json
 import re
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -37,8 +40,9 @@ from skipwise.finetuning.peak import PARTS, Bytes, PeakMemory, Segment, compose
 from skipwise.finetuning.precision import computing, plain_norms
 from skipwise.finetuning.runs import Train
 from skipwise.finetuning.settings import FinetuneSettings
-from skipwise.finetuning.simulation import Stage, everything
+from skipwise.finetuning.simulation import Stage
 from skipwise.presets import names as preset_names
+from tests.tiny_pipelines import pipeline, save
 
 MIB = 2**20
 SMALL = FinetuneSettings(resolution=256, text_tokens=48)
@@ -96,14 +100,16 @@ def allocated() -> Iterator[list[int]]:
             peak[0] = max(peak[0], held)
 
 
-CASES = [(name, count, checkpointing) for name in MODELS for count, checkpointing in ((0, False), (4, True))]
+WHOLE: dict[str, Any] = {}  # bfloat16
+PART = {"checkpointing": True, "dtype": "float32"}
+CASES = [(name, count, changes) for name in MODELS for count, changes in ((0, WHOLE), (4, PART))]
 
 
-@pytest.mark.parametrize(("name", "count", "checkpointing"), CASES)
-def test_an_estimate_is_what_real_tensors_take(name: str, count: int, checkpointing: bool) -> None:
+@pytest.mark.parametrize(("name", "count", "changes"), CASES)
+def test_an_estimate_is_what_real_tensors_take(name: str, count: int, changes: dict[str, Any]) -> None:
     """Within 10%, by the tracker on real tensors and by the profiler's events of allocation."""
-    settings = settings_for(name, checkpointing=checkpointing, dtype="float32")
-    train = middle(name, count) if count else everything(estimator(name).contract)
+    settings = settings_for(name, **changes)
+    train = middle(name, count or own_blocks(name))
     estimate = estimator(name).estimate(settings, train).training.total
     with torch.device("meta"):
         stage = Stage(MODELS[name](), estimator(name).size, fake=False)
@@ -359,7 +365,7 @@ def test_presets_of_pipelines_belong_to_presets() -> None:
     assert set(known) <= set(preset_names())
     assert components("llada-8b") == {}
     millions = {
-        (name, part): weights_of(known[name][part].skeleton(), torch.float32) / 4e6
+        (name, part): weights_of(known[name][part].skeleton(), torch.bfloat16) / 2e6
         for name, part in (
             ("flux.1-dev", "text_encoder"), ("flux.1-dev", "vae"), ("sd3-medium", "text_encoder_2"),
             ("sana-1.6b", "vae"),
@@ -370,6 +376,51 @@ def test_presets_of_pipelines_belong_to_presets() -> None:
         assert millions["flux.1-dev", part] == pytest.approx(expected[part], rel=0.01)
     assert millions["sd3-medium", "text_encoder_2"] == pytest.approx(694.66, rel=0.01)
     assert millions["sana-1.6b", "vae"] == pytest.approx(312, rel=0.02)
+
+
+def test_what_is_known_of_a_pipelines_folder(tmp_path: Path) -> None:
+    """Its text encoders' weights, and the scale of its autoencoder, which is encoded with on the device."""
+    pipe = pipeline("flux")
+    own = Estimator(str(save("flux", tmp_path / "flux")))
+    estimate = own.estimate(FinetuneSettings(resolution=32, text_tokens=7))
+    parts = {"text_encoder": pipe.text_encoder, "text_encoder_2": pipe.text_encoder_2}
+    assert estimate.text_encoders == {name: weights_of(part, torch.bfloat16) for name, part in parts.items()}
+    assert own.size(estimate.settings).image == 32 // pipe.vae_scale_factor
+    assert estimate.encoding.as_dict()["weights"] == weights_of(pipe.vae, torch.bfloat16)
+    assert estimate.encoding.as_dict()["activations"] > 0
+
+
+@pytest.mark.parametrize("script", ["memory_finetune", "gpu/flux_finetune_memory"])
+def test_benchmarks_run(script: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: Any) -> None:
+    """On a tiny model, without a GPU; what they print last is what they write."""
+    path = Path(__file__).parent.parent / "benchmarks" / f"{script}.py"
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    module = importlib.util.module_from_spec(spec)  # type: ignore[arg-type]
+    spec.loader.exec_module(module)  # type: ignore[union-attr]
+    output = tmp_path / "result.json"
+    if script == "memory_finetune":
+        kept = (module.ALL, module.CHECKPOINTED, "half the blocks alone", "half, patches")
+        monkeypatch.setattr(module, "VARIANTS", {name: module.VARIANTS[name] for name in kept})
+        MODELS["pixart"]().save_pretrained(tmp_path / "small")
+        arguments = ["--model", str(tmp_path / "small")]
+    else:
+        arguments = ["--tiny", "--warmup", "1", "--steps", "1", "--variant", "BlockSkip half, 256 px"]
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(sys, "argv", [path.name, *arguments, "-o", str(output)])
+    module.main()
+    result = json.loads(output.read_text())
+    assert json.loads(capsys.readouterr().out.splitlines()[-1]) == result
+    if script == "memory_finetune":
+        (rows,) = result["models"].values()
+        assert rows["half, patches"]["training"]["total"] < rows[module.ALL]["training"]["total"]
+        assert "| half, patches | 3 | 256 |" in output.with_suffix(".md").read_text()
+    else:
+        (row,) = result["rows"].values()
+        assert row["label"] == "measured"
+        assert row["estimated_bytes"] == pytest.approx(
+            row["peak_bytes"], rel=0.4
+        )  # a FLUX on the CPU, mostly temporaries
+        assert row["seconds_a_step"] > 0
 
 
 def test_inspect_estimates_a_finetuning(skipwise: Any, tmp_path: Path) -> None:

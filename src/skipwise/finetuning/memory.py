@@ -17,7 +17,7 @@ from torch import nn
 from skipwise.blocks import Contract, find_contract, module_list
 from skipwise.errors import UserError
 from skipwise.examples import Size
-from skipwise.finetuning.encoders import components, encoding_peak, weights_of
+from skipwise.finetuning.encoders import components, encoding_peak, scale_of, weights_of
 from skipwise.finetuning.families import family_of
 from skipwise.finetuning.lora import lora_sizes
 from skipwise.finetuning.making_memory import making_peak
@@ -137,6 +137,8 @@ class Estimator:
     @cached_property
     def _scale(self) -> int:
         """Pixels a latent pixel."""
+        if "vae" in self.components:
+            return scale_of(self.components["vae"])
         try:
             return family_of(self.model).scale
         except UserError:
