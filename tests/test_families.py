@@ -1,6 +1,8 @@
 """What differs between the families agrees with what their stock pipelines do."""
 
 import json
+import runpy
+import sys
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -10,12 +12,12 @@ import peft
 import pytest
 import torch
 from diffusers.training_utils import compute_density_for_timestep_sampling
+from PIL import Image
 
 from skipwise.errors import UserError
 from skipwise.finetuning.families import FAMILIES, Flux, PixArt, Sana, family_of
 from skipwise.finetuning.lora import load_lora, lora_targets, save_lora
 from skipwise.finetuning.patches import Patch, Place, place_in_picture
-from skipwise.finetuning.pipelines import load_pipeline
 from tests.tiny_models import IMAGE
 from tests.tiny_pipelines import PROMPT, ROWS, pipeline, save
 
@@ -349,60 +351,16 @@ def test_resolutions_are_checked():
         Sana().check_resolution(sana, 0)
 
 
-def test_components_can_be_left_out(saved):
-    pipe = load_pipeline(str(saved("sd3")), leave_out=["transformer", "vae"], dtype="bfloat16")
-    assert pipe.transformer is None
-    assert pipe.vae is None
-    assert pipe.text_encoder_3.dtype == torch.bfloat16
-    text = family_of(pipe).encode_prompts(pipe, [PROMPT])
-    assert text["pooled_projections"].shape == (1, 16)
-
-
-def spoil(folder: Path, what: str) -> dict[str, Any]:
-    """Make one thing wrong with a pipeline's folder, or return wrong settings."""
-    index = folder / "model_index.json"
-    content = json.loads(index.read_text())
-    if "no model_index" in what:
-        index.unlink()
-    elif "StableDiffusionXLPipeline" in what:
-        index.write_text(json.dumps(content | {"_class_name": "StableDiffusionXLPipeline"}))
-    elif "never run" in what:
-        index.write_text(json.dumps(content | {"transformer": ["my_code", "Model"]}))
-    elif "pickle" in what:
-        (weights,) = (folder / "transformer").glob("*.safetensors")
-        weights.rename(weights.with_suffix(".bin"))
-    elif "damaged" in what:
-        (weights,) = (folder / "transformer").glob("*.safetensors")
-        weights.write_bytes(weights.read_bytes()[:-100])
-    elif "dtype" in what:
-        return {"dtype": "float8"}
-    elif "component" in what:
-        return {"leave_out": ["unet"]}
-    return {}
-
-
-@pytest.mark.parametrize(
-    "what",
-    [
-        "no model_index.json",
-        "Unknown pipeline for fine-tuning 'StableDiffusionXLPipeline'",
-        "code from 'my_code', which is never run",
-        "only as pickle",
-        "damaged",
-        "Unknown dtype 'float8'",
-        "Unknown component of .* 'unet'",
-    ],
-)
-def test_what_cannot_be_loaded_is_said_in_one_line(tmp_path: Path, what: str):
-    settings = spoil(save("pixart", tmp_path), what)
-    with pytest.raises(UserError, match=what) as caught:
-        load_pipeline(str(tmp_path), **settings)
-    assert "\n" not in str(caught.value)
-
-
-def test_unknown_names():
-    with pytest.raises(UserError, match="There is no pipeline nowhere"):
-        load_pipeline("nowhere")
-    with pytest.raises(UserError, match="nobody/nothing cannot be loaded") as caught:
-        load_pipeline("nobody/nothing")  # the tests are offline
-    assert "\n" not in str(caught.value)
+def test_latent_crops_are_measured_against_exact_ones(
+    saved, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    for name in ("a.png", "b.png"):
+        values = torch.randint(256, (40, 52, 3), generator=seeded(ord(name[0])), dtype=torch.uint8)
+        Image.fromarray(values.numpy()).save(tmp_path / name)
+    arguments = [str(saved("pixart")), "--images", str(tmp_path), "--resolution", "32", "--levels", "3"]
+    monkeypatch.setattr(sys, "argv", ["patch_space.py", *arguments])
+    runpy.run_path(str(Path(__file__).parent.parent / "benchmarks" / "patch_space.py"), run_name="__main__")
+    result = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert [row["side"] for row in result["rows"][:3]] == [20, 30, 40]
+    assert all(0 < row["error"] < 2 and 0 < row["half_pixel"] < 2 for row in result["rows"])
+    assert result["times"]["ratio"] > 0

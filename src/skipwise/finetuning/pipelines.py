@@ -1,6 +1,7 @@
 """Loading a text-to-image pipeline to fine-tune: safetensors alone, never code of the repository."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
@@ -9,7 +10,7 @@ from safetensors import safe_open
 
 from skipwise.errors import UserError, require, unknown
 from skipwise.finetuning.families import family_of
-from skipwise.loading import DTYPES, Source, check_weights, embedded_names, readable_errors
+from skipwise.loading import DTYPES, Source, check_weights, embedded_names, quiet, readable_errors
 
 LIBRARIES = ("diffusers", "transformers")
 
@@ -28,17 +29,43 @@ def load_pipeline(
         raise unknown("dtype", dtype, DTYPES)
     folder = _folder(name)
     source = Source(name, folder or Path(name))
+    index = read_index(name, revision)
     with readable_errors(source):
-        index = diffusers.DiffusionPipeline.load_config(str(folder or name), revision=revision)
         _check(index, source, leave_out)
-        return diffusers.DiffusionPipeline.from_pretrained(
-            str(folder or name),
-            revision=revision,
-            use_safetensors=True,
-            trust_remote_code=False,
-            torch_dtype=DTYPES[dtype or "float32"],
-            **dict.fromkeys(leave_out),
-        )
+        with quiet(), _no_bars(diffusers.utils.logging):
+            return diffusers.DiffusionPipeline.from_pretrained(
+                str(folder or name),
+                revision=revision,
+                use_safetensors=True,
+                trust_remote_code=False,
+                torch_dtype=DTYPES[dtype or "float32"],
+                **dict.fromkeys(leave_out),
+            )
+
+
+@contextmanager
+def _no_bars(logging: Any) -> Iterator[None]:
+    """Without diffusers' progress bars, of which there would be one for each stage."""
+    were = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if were:
+            logging.enable_progress_bar()
+
+
+def read_index(name: str, revision: str | None = None) -> dict[str, Any]:
+    """The pipeline's model_index.json: class names by component. Raises UserError as `load_pipeline` does."""
+    diffusers = require("diffusers", "image")
+    folder = _folder(name)
+    with readable_errors(Source(name, folder or Path(name))):
+        return diffusers.DiffusionPipeline.load_config(str(folder or name), revision=revision)
+
+
+def pipeline_class(name: str) -> Any:
+    """The class of the pipeline in diffusers, without loading it."""
+    return getattr(require("diffusers", "image"), read_index(name)["_class_name"])
 
 
 def _folder(name: str) -> Path | None:

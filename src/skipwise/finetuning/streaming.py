@@ -53,12 +53,21 @@ def make_records(
     """
     if not samples:
         return []
-    device = torch.device(device or _device_of(model))
-    blocks.fill_outside(model, device=device)  # before anything runs: see Shards.fill_outside
+    wanted = shapes_of(model, samples[0], runs, blocks, device)
+    there = torch.device(device or _device_of(model))
+    making = Making(model, find_contract(model), blocks, there, Host(spill), samples)
     with torch.no_grad():
-        wanted = record_shapes(model, runs, _to(samples[0], device))
-        making = Making(model, find_contract(model), blocks, device, Host(spill), samples)
         return making.run(runs, wanted, on_block or (lambda name: None))
+
+
+def shapes_of(model: nn.Module, sample: Sample, runs: Sequence[Run], blocks: Weights, device: Device = None) -> Shapes:
+    """`record_shapes`, before any block is loaded: of each stream of each run its shape, or None when it is not kept.
+
+    Brings what is outside of the blocks to the device, where it stays.
+    """
+    there = torch.device(device or _device_of(model))
+    blocks.fill_outside(model, device=there)  # before anything runs: see Shards.fill_outside
+    return record_shapes(model, runs, _to(sample, there))
 
 
 class _ReachedError(BaseException):
@@ -92,7 +101,7 @@ class Noting(PassThrough):
 
 
 class Answering(PassThrough):
-    """Stands for a block of a stack that all samples have passed, and gives what the stack's last block gave."""
+    """Stands for the last block of a stack that all samples have passed, and gives what that block gave."""
 
     def __init__(self, block: nn.Module, stack: Stack, making: "Making"):
         super().__init__(block, stack)
@@ -135,11 +144,8 @@ class Making:
 
     def _note_stack(self) -> list[Note]:
         """The notes of the next stack, by sample."""
-        modules: dict[str, dict[int, nn.Module]] = {
-            name: {
-                number: Answering(block, stack, self) if name in self.done else Noting(block, stack, number, self)
-                for number, block in enumerate(module_list(self.model, name))
-            }
+        modules = {
+            name: {number: self._stand_in(stack, number) for number in range(stack.length)}
             for name, stack in self.contract.stacks.items()
         }
         notes = []
@@ -154,6 +160,13 @@ class Making:
         if len(notes) < len(self.samples) or len({note.stack for note in notes}) > 1:
             raise UserError("Samples take different ways through the model; make records of those alike together.")
         return notes
+
+    def _stand_in(self, stack: Stack, number: int) -> nn.Module:
+        block = module_list(self.model, stack.name)[number]
+        if stack.name not in self.done:
+            return Noting(block, stack, number, self)
+        last = number == stack.length - 1
+        return Answering(block, stack, self) if last else PassThrough(block, stack)
 
     def note_call(self, stack: Stack, number: int, arguments: dict[str, Any]) -> None:
         """A block of the next stack is called."""
