@@ -1,10 +1,14 @@
 """Estimates of a fine-tuning's memory against what real tensors take, and what is chosen by them."""
 
+import importlib.util
+import json
 import re
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import cache
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -34,9 +38,11 @@ from skipwise.finetuning.fitting import (
 from skipwise.finetuning.memory import GIB, Estimator, MemoryEstimate, estimate_memory, optimiser_bytes
 from skipwise.finetuning.peak import PARTS, Bytes, PeakMemory, Segment, compose
 from skipwise.finetuning.precision import computing, plain_norms
+from skipwise.finetuning.runs import Train
 from skipwise.finetuning.settings import FinetuneSettings
-from skipwise.finetuning.simulation import Stage, everything
+from skipwise.finetuning.simulation import Stage
 from skipwise.presets import names as preset_names
+from tests.tiny_pipelines import pipeline, save
 
 MIB = 2**20
 SMALL = FinetuneSettings(resolution=256, text_tokens=48)
@@ -46,7 +52,7 @@ HEADS = dict(num_attention_heads=4, attention_head_dim=32)
 # small, but with activations that outweigh the tracker's blind spots
 MODELS: dict[str, Callable[[], nn.Module]] = {
     "flux": lambda: diffusers.FluxTransformer2DModel(
-        **HEADS, in_channels=16, num_layers=5, num_single_layers=6, joint_attention_dim=64, pooled_projection_dim=32,
+        **HEADS, in_channels=16, num_layers=4, num_single_layers=4, joint_attention_dim=64, pooled_projection_dim=32,
         guidance_embeds=True, axes_dims_rope=(8, 12, 12),
     ),
     "sd3": lambda: diffusers.SD3Transformer2DModel(
@@ -73,6 +79,10 @@ def settings_for(name: str, **changes: Any) -> FinetuneSettings:
     return replace(SMALL, **({"resolution": 1024} if name == "sana" else {}), **changes)
 
 
+def own_blocks(name: str) -> int:
+    return sum(map(len, estimator(name).block_bytes("bfloat16").values()))
+
+
 def middle(name: str, count: int) -> dict[str, tuple[int, ...]]:
     return consecutive(estimator(name).block_bytes("bfloat16"), count, "middle")
 
@@ -90,14 +100,16 @@ def allocated() -> Iterator[list[int]]:
             peak[0] = max(peak[0], held)
 
 
-CASES = [(name, count, checkpointing) for name in MODELS for count, checkpointing in ((0, False), (4, True))]
+WHOLE: dict[str, Any] = {}  # bfloat16
+PART = {"checkpointing": True, "dtype": "float32"}
+CASES = [(name, count, changes) for name in MODELS for count, changes in ((0, WHOLE), (4, PART))]
 
 
-@pytest.mark.parametrize(("name", "count", "checkpointing"), CASES)
-def test_an_estimate_is_what_real_tensors_take(name: str, count: int, checkpointing: bool) -> None:
+@pytest.mark.parametrize(("name", "count", "changes"), CASES)
+def test_an_estimate_is_what_real_tensors_take(name: str, count: int, changes: dict[str, Any]) -> None:
     """Within 10%, by the tracker on real tensors and by the profiler's events of allocation."""
-    settings = settings_for(name, checkpointing=checkpointing, dtype="float32")
-    train = middle(name, count) if count else everything(estimator(name).contract)
+    settings = settings_for(name, **changes)
+    train = middle(name, count or own_blocks(name))
     estimate = estimator(name).estimate(settings, train).training.total
     with torch.device("meta"):
         stage = Stage(MODELS[name](), estimator(name).size, fake=False)
@@ -109,34 +121,36 @@ def test_an_estimate_is_what_real_tensors_take(name: str, count: int, checkpoint
     assert next(stage.model.parameters()).is_meta
 
 
-VARIANTS = {
-    "plain": (0, {}),
-    "checkpointed": (0, {"checkpointing": True}),
-    "pure": (0, {"precision": "pure", "batch": 2}),
-    "as CUDA's autocast": (9, {"precision": "autocast", "patch": 128}),
-    "late residual": (8, {"rank": 64}),
-    "late frozen": (4, {"late": "frozen", "checkpointing": True}),
-    "late streamed": (4, {"late": "streamed"}),
+VARIANTS: dict[str, tuple[str, int | Train, dict[str, Any]]] = {
+    "plain": ("flux", 0, {"rank": 8}),
+    "checkpointed": ("flux", 0, {"checkpointing": True, "rank": 64}),
+    "pure": ("pixart", 0, {"precision": "pure", "batch": 2}),
+    "as CUDA's autocast": ("sd3", 5, {"precision": "autocast", "patch": 128}),
+    "late residual": ("sana", 5, {"rank": 64}),
+    "late frozen": ("pixart", {"transformer_blocks": (0,)}, {"late": "frozen", "checkpointing": True}),
+    "late streamed": ("flux", {"transformer_blocks": (1,)}, {"late": "streamed"}),
 }
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_repeating_one_block_is_running_all(variant: str) -> None:
     """The shortened course, composed, peaks where the whole one does, within 1% and in every part."""
-    count, changes = VARIANTS[variant]
-    settings, own = settings_for("flux", **changes), estimator("flux")
-    train = middle("flux", count) if count else everything(own.contract)
+    name, blocks, changes = VARIANTS[variant]
+    settings, own = settings_for(name, **changes), estimator(name)
+    train = middle(name, blocks or own_blocks(name)) if isinstance(blocks, int) else blocks
+    known = list(own._courses.values())
     estimate = own.estimate(settings, train).training
+    (short,) = [course for course in own._courses.values() if course not in known]
     course = own._stage.play(settings, train, shorten=False)
     whole = max((segment.peak for segment in course.segments), key=lambda peak: peak.total)
     assert estimate.total == pytest.approx(whole.total, rel=0.01)
     for part in ("weights", "lora", "optimiser", "residuals"):
         assert estimate.as_dict()[part] == pytest.approx(whole.as_dict()[part], rel=0.01), part
-    assert len(course.segments) > 20  # it did run all blocks
+    assert len(course.segments) > len(short.segments)
 
 
 def test_figures_of_the_full_size_models_without_their_weights() -> None:
-    """FLUX.1-dev's LoRA takes 30.0 GiB, half its blocks at 256 px 11.3, a third 5.8: no more than 1 GiB is used here."""
+    """FLUX.1-dev's LoRA takes 30.0 GiB, half its blocks at 256 px 11.3, a third 5.8, and nothing of that here."""
     Path("/proc/self/clear_refs").write_text("5")  # the highest resident size counts from here
     before = highest_resident()
     flux = Estimator("flux.1-dev")
@@ -162,13 +176,13 @@ def highest_resident() -> int:
 
 def test_every_trick_saves() -> None:
     """Fewer blocks, smaller pictures, checkpointing and the 8-bit optimiser each take less than without."""
-    own, base = estimator("flux"), settings_for("flux", rank=64)
+    own, base = estimator("sd3"), settings_for("sd3", rank=64)
     whole = own.estimate(base)
     for changes in ({"patch": 128}, {"checkpointing": True}, {"optimiser": "adamw8bit"}, {"precision": "pure"}):
         assert own.estimate(base.but(**changes)).training.total < whole.training.total, changes
-    half = own.estimate(base, middle("flux", 5))
-    frozen = own.estimate(base.but(late="frozen"), middle("flux", 5))
-    streamed = own.estimate(base.but(late="streamed"), middle("flux", 5))
+    half = own.estimate(base, middle("sd3", 2))
+    frozen = own.estimate(base.but(late="frozen"), middle("sd3", 2))
+    streamed = own.estimate(base.but(late="streamed"), middle("sd3", 2))
     assert half.training.total < streamed.training.total < frozen.training.total < whole.training.total
     assert own.estimate(base.but(precision="autocast")).training.total > whole.training.total
     assert half.lora_parameters < whole.lora_parameters
@@ -249,23 +263,23 @@ def test_norms_are_left_out_of_autocast(precision: Any, inside: bool) -> None:
 @pytest.fixture(scope="module")
 def fits() -> list[Any]:
     """What is chosen for more and more memory."""
-    own = estimator("flux")
-    base = settings_for("flux")
+    own = estimator("pixart")
+    base = settings_for("pixart")
     most = needed(own.estimate(base))
-    least = needed(own.estimate(base.but(checkpointing=True, patch=128, optimiser="adamw8bit"), middle("flux", 1)))
-    steps = [least + round((most - least) * part) for part in (0, 0.1, 0.25, 0.5, 0.75, 1)]
+    least = needed(own.estimate(base.but(checkpointing=True, patch=128, optimiser="adamw8bit"), middle("pixart", 1)))
+    steps = [least + round((most - least) * part) for part in (0, 0.5, 1)]
     return [cheapest(own, memory, base) for memory in steps]
 
 
 def test_more_memory_never_trains_less(fits: list[Any]) -> None:
-    own = estimator("flux")
+    own = estimator("pixart")
     whole = sum(map(sum, own.block_bytes("bfloat16").values()))
-    for less, more in zip(fits, fits[1:], strict=False):
+    for less, more in pairwise(fits):
         assert more.trained_bytes >= less.trained_bytes - 0.05 * whole
     for fit in fits:
         assert needed(fit.estimate) <= fit.memory
         assert fit.trained_bytes == bytes_of(own.block_bytes("bfloat16"), fit.train)
-    assert fits[0].estimate.trained < fits[-1].estimate.trained == 11
+    assert fits[0].estimate.trained < fits[-1].estimate.trained == 6
     assert not fits[-1].settings.checkpointing
     assert fits[-1].settings.patch is None
 
@@ -274,19 +288,20 @@ def test_what_is_chosen_is_told(fits: list[Any]) -> None:
     sentence = fits[1].sentence()
     assert "fits your" in sentence
     assert describe_blocks(fits[1].train) in sentence
-    assert f"train {fits[1].estimate.trained} of 11 blocks" in sentence
+    assert f"train {fits[1].estimate.trained} of 6 blocks" in sentence
 
 
 def test_too_little_memory_says_the_least() -> None:
     with pytest.raises(UserError, match=r"does not fit 0.01 GiB: the nearest that is possible is 0.5\d GiB"):
-        cheapest(estimator("flux"), round(0.01 * GIB), settings_for("flux"))
+        cheapest(estimator("pixart"), round(0.01 * GIB), settings_for("pixart"))
     assert CONTEXT < GIB
 
 
 def test_last_blocks_under_late_mode_none() -> None:
-    fit = cheapest(estimator("flux"), CONTEXT + 8 * MIB, settings_for("flux", late="none"))
-    assert list(fit.train)[-1] == "single_transformer_blocks"
-    assert fit.train["single_transformer_blocks"][-1] == 5
+    fit = cheapest(estimator("pixart"), CONTEXT + 4 * MIB, settings_for("pixart", late="none"))
+    assert fit.train["transformer_blocks"][-1] == 5
+    assert 0 < fit.estimate.trained < 6
+    assert fit.settings.late == "none"
 
 
 def test_blocks_are_chosen_by_bytes() -> None:
@@ -350,7 +365,7 @@ def test_presets_of_pipelines_belong_to_presets() -> None:
     assert set(known) <= set(preset_names())
     assert components("llada-8b") == {}
     millions = {
-        (name, part): weights_of(known[name][part].skeleton(), torch.float32) / 4e6
+        (name, part): weights_of(known[name][part].skeleton(), torch.bfloat16) / 2e6
         for name, part in (
             ("flux.1-dev", "text_encoder"), ("flux.1-dev", "vae"), ("sd3-medium", "text_encoder_2"),
             ("sana-1.6b", "vae"),
@@ -361,6 +376,51 @@ def test_presets_of_pipelines_belong_to_presets() -> None:
         assert millions["flux.1-dev", part] == pytest.approx(expected[part], rel=0.01)
     assert millions["sd3-medium", "text_encoder_2"] == pytest.approx(694.66, rel=0.01)
     assert millions["sana-1.6b", "vae"] == pytest.approx(312, rel=0.02)
+
+
+def test_what_is_known_of_a_pipelines_folder(tmp_path: Path) -> None:
+    """Its text encoders' weights, and the scale of its autoencoder, which is encoded with on the device."""
+    pipe = pipeline("flux")
+    own = Estimator(str(save("flux", tmp_path / "flux")))
+    estimate = own.estimate(FinetuneSettings(resolution=32, text_tokens=7))
+    parts = {"text_encoder": pipe.text_encoder, "text_encoder_2": pipe.text_encoder_2}
+    assert estimate.text_encoders == {name: weights_of(part, torch.bfloat16) for name, part in parts.items()}
+    assert own.size(estimate.settings).image == 32 // pipe.vae_scale_factor
+    assert estimate.encoding.as_dict()["weights"] == weights_of(pipe.vae, torch.bfloat16)
+    assert estimate.encoding.as_dict()["activations"] > 0
+
+
+@pytest.mark.parametrize("script", ["memory_finetune", "gpu/flux_finetune_memory"])
+def test_benchmarks_run(script: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: Any) -> None:
+    """On a tiny model, without a GPU; what they print last is what they write."""
+    path = Path(__file__).parent.parent / "benchmarks" / f"{script}.py"
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    module = importlib.util.module_from_spec(spec)  # type: ignore[arg-type]
+    spec.loader.exec_module(module)  # type: ignore[union-attr]
+    output = tmp_path / "result.json"
+    if script == "memory_finetune":
+        kept = (module.ALL, module.CHECKPOINTED, "half the blocks alone", "half, patches")
+        monkeypatch.setattr(module, "VARIANTS", {name: module.VARIANTS[name] for name in kept})
+        MODELS["pixart"]().save_pretrained(tmp_path / "small")
+        arguments = ["--model", str(tmp_path / "small")]
+    else:
+        arguments = ["--tiny", "--warmup", "1", "--steps", "1", "--variant", "BlockSkip half, 256 px"]
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(sys, "argv", [path.name, *arguments, "-o", str(output)])
+    module.main()
+    result = json.loads(output.read_text())
+    assert json.loads(capsys.readouterr().out.splitlines()[-1]) == result
+    if script == "memory_finetune":
+        (rows,) = result["models"].values()
+        assert rows["half, patches"]["training"]["total"] < rows[module.ALL]["training"]["total"]
+        assert "| half, patches | 3 | 256 |" in output.with_suffix(".md").read_text()
+    else:
+        (row,) = result["rows"].values()
+        assert row["label"] == "measured"
+        assert row["estimated_bytes"] == pytest.approx(
+            row["peak_bytes"], rel=0.4
+        )  # a FLUX on the CPU, mostly temporaries
+        assert row["seconds_a_step"] > 0
 
 
 def test_inspect_estimates_a_finetuning(skipwise: Any, tmp_path: Path) -> None:

@@ -61,6 +61,12 @@ def _is_known(row: Any, folder: Path) -> bool:
     return isinstance(row, list) and row[0] in LIBRARIES and (folder / "config.json").exists()
 
 
+def scale_of(vae: Any) -> int:
+    """Pixels a latent pixel, as diffusers' pipelines compute it."""
+    channels = vae.config.get("encoder_block_out_channels") or vae.config["block_out_channels"]
+    return 2 ** (len(channels) - 1)
+
+
 def weights_of(model: nn.Module, dtype: torch.dtype) -> int:
     """Bytes of a model's parameters and buffers, each counted once, with floats in `dtype`."""
     tensors = {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())}.values()

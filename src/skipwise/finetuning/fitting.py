@@ -190,6 +190,8 @@ class _Search:
 
     def best(self) -> Fit:
         """The best that fits."""
+        if self._fits(self.ways[0], self.total):
+            return self._fit(self.ways[0], self.total)
         cheapest = self.ways[-1]
         most = self._most(cheapest)
         if not most:
@@ -198,7 +200,10 @@ class _Search:
         enough = bytes_of(self.sizes, self._blocks(most)) - slack
         least = _largest(most, lambda count: bytes_of(self.sizes, self._blocks(count)) < enough) + 1
         way = next((way for way in self.ways if self._fits(way, least)), cheapest)
-        train = self._blocks(self._most(way))
+        return self._fit(way, self._most(way))
+
+    def _fit(self, way: FinetuneSettings, count: int) -> Fit:
+        train = self._blocks(count)
         estimate = self.estimator.estimate(way, train)
         return Fit(self.limit, estimate, self.total, bytes_of(self.sizes, train))
 
@@ -206,7 +211,10 @@ class _Search:
         return consecutive(self.sizes, count, self.place)
 
     def _fits(self, way: FinetuneSettings, count: int) -> bool:
-        return needed(self.estimator.estimate(way, self._blocks(count))) <= self.limit
+        train = self._blocks(count)
+        if self.estimator.at_least(way, train) > self.limit:
+            return False
+        return needed(self.estimator.estimate(way, train)) <= self.limit
 
     def _most(self, way: FinetuneSettings) -> int:
         return _largest(self.total, lambda count: self._fits(way, count))
@@ -225,7 +233,7 @@ class _Search:
 
 def _largest(most: int, holds: Callable[[int], bool]) -> int:
     """The largest of 1 to `most` for which `holds`, which holds up to some number and no further; 0 for none."""
-    low, high = 0, most
+    low, high = (most, most) if holds(most) else (0, most - 1)
     while low < high:
         middle = (low + high + 1) // 2
         low, high = (middle, high) if holds(middle) else (low, middle - 1)

@@ -33,11 +33,10 @@ def lora_targets(
         if isinstance(module, nn.Linear) and _ends(name, ends) and (train is None or _inside(name, train))
     ]
     if not names:
-        where = "" if train is None else f" in blocks {dict(train)}"
-        raise UserError(
-            f"{type(transformer).__name__} has no linear layer{where} that ends in {', '.join(ends)}; choose other "
-            "blocks or other targets."
-        )
+        plain = tuple(ends) == PROJECTIONS
+        what = "attention projections" if plain else f"linear layer that ends in {', '.join(ends)}"
+        where = "its blocks" if train is None else f"blocks {dict(train)}"
+        raise UserError(f"{type(transformer).__name__} has no {what} in {where}; choose other blocks or targets.")
     return names
 
 

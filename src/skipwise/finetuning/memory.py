@@ -17,7 +17,7 @@ from torch import nn
 from skipwise.blocks import Contract, find_contract, module_list
 from skipwise.errors import UserError
 from skipwise.examples import Size
-from skipwise.finetuning.encoders import components, encoding_peak, weights_of
+from skipwise.finetuning.encoders import components, encoding_peak, scale_of, weights_of
 from skipwise.finetuning.families import family_of
 from skipwise.finetuning.lora import lora_sizes
 from skipwise.finetuning.making_memory import making_peak
@@ -114,6 +114,8 @@ class Estimator:
         self._courses: dict[Any, Course] = {}
         self._makings: dict[Any, Bytes] = {}
         self._encodings: dict[Any, Bytes] = {}
+        self._records: dict[Any, int] = {}
+        self._sizes: dict[str, dict[str, list[int]]] = {}
         self._known = isinstance(model, str)
 
     @property
@@ -135,6 +137,8 @@ class Estimator:
     @cached_property
     def _scale(self) -> int:
         """Pixels a latent pixel."""
+        if "vae" in self.components:
+            return scale_of(self.components["vae"])
         try:
             return family_of(self.model).scale
         except UserError:
@@ -142,8 +146,18 @@ class Estimator:
 
     def block_bytes(self, dtype: str) -> dict[str, list[int]]:
         """Stack -> bytes of the weights of each block."""
-        stacks = self.contract.stacks
-        return {s: [weights_of(block, DTYPES[dtype]) for block in module_list(self.model, s)] for s in stacks}
+        if dtype not in self._sizes:
+            lists = {name: module_list(self.model, name) for name in self.contract.stacks}
+            sizes = {name: [weights_of(block, DTYPES[dtype]) for block in blocks] for name, blocks in lists.items()}
+            self._sizes[dtype] = sizes
+        return self._sizes[dtype]
+
+    def at_least(self, settings: FinetuneSettings, train: Train) -> int:
+        """Bytes below which no training goes: weights, LoRA, its gradients and the optimiser's state. Arithmetic."""
+        groups = groups_of(self.model, self.contract, train, settings.late)
+        sizes = self._lora_sizes(settings, groups)
+        lora = sum(sizes) * lora_dtype(settings).itemsize
+        return self._weights(settings, groups) + 2 * lora + optimiser_bytes(settings, sizes)
 
     def estimate(self, settings: FinetuneSettings | None = None, train: Train | None = None) -> MemoryEstimate:
         """As `estimate_memory`."""
@@ -170,7 +184,8 @@ class Estimator:
     def _training(
         self, settings: FinetuneSettings, train: Train, groups: tuple[Group, ...], stored: tuple[Run, ...]
     ) -> Bytes:
-        key = settings, _structure(groups), _places(self.contract, stored)
+        same = settings.but(optimiser="adamw", resolution=settings.pixels, patch=None)  # none of these is in a course
+        key = same, _structure(groups), _places(self.contract, stored)
         if key not in self._courses:
             self._courses[key] = self._stage.play(settings, train)
         course = self._courses[key]
@@ -220,9 +235,11 @@ class Estimator:
         return self._encodings[key]
 
     def _record(self, settings: FinetuneSettings, stored: tuple[Run, ...]) -> int:
-        shapes = self._stage.record_shapes(settings.but(batch=1), stored)
-        elements = sum(math.prod(shape) for row in shapes.values() for shape in row if shape)
-        return elements * DTYPES[settings.dtype].itemsize
+        key = settings.pixels, settings.text_tokens, _places(self.contract, stored)
+        if key not in self._records:
+            shapes = self._stage.record_shapes(settings.but(batch=1), stored)
+            self._records[key] = sum(math.prod(shape) for row in shapes.values() for shape in row if shape)
+        return self._records[key] * DTYPES[settings.dtype].itemsize
 
 
 def optimiser_bytes(settings: FinetuneSettings, sizes: Sequence[int]) -> int:

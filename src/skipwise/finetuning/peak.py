@@ -10,6 +10,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -130,7 +131,8 @@ class PeakMemory(TorchDispatchMode):
     def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Run the op and count what it made."""
         result = function(*args, **(kwargs or {}))
-        for leaf in tree_leaves(result):
+        # most calls on fake tensors ask for a device
+        for leaf in (result,) if isinstance(result, Tensor | torch.device) else tree_leaves(result):
             if isinstance(leaf, Tensor):
                 self._count(leaf, self._new)
         self._raise()

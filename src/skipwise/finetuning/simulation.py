@@ -4,7 +4,7 @@ Memory changes by the same amount with each of several equal blocks that follow 
 the backward pass. So a step is run with a few of them, and the part of the course that belongs to one is repeated.
 """
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from copy import deepcopy
 from dataclasses import dataclass
@@ -24,7 +24,7 @@ from skipwise.finetuning.emulation import norms_as_on_cuda
 from skipwise.finetuning.hollow import LateMode, Shell, hollow
 from skipwise.finetuning.lora import add_lora, lora_targets
 from skipwise.finetuning.peak import Bytes, PeakMemory, Segment
-from skipwise.finetuning.precision import computing, lora_dtype
+from skipwise.finetuning.precision import computing, lora_dtype, plain_norms
 from skipwise.finetuning.resident import Weights, materialised
 from skipwise.finetuning.runs import Run, Train, skipped_runs
 from skipwise.finetuning.settings import FinetuneSettings
@@ -105,38 +105,104 @@ def kind_of(block: nn.Module) -> int:
     return hash((type(block), tuple((name, p.shape) for name, p in block.named_parameters())))
 
 
+@dataclass(frozen=True)
+class Scene:
+    """A model set up for steps: its inputs, LoRA's parameters, their optimiser, and the blocks that run, by label."""
+
+    model: nn.Module
+    shell: Shell
+    inputs: Mapping[str, Any]
+    lora: list[nn.Parameter]
+    optimiser: torch.optim.Optimizer
+    blocks: Mapping[str, nn.Module]
+
+    def label(self, tracker: PeakMemory) -> None:
+        """Tell the tracker what is what."""
+        tensors = (*self.model.parameters(), *self.model.buffers())
+        tracker.label((tensor for tensor in tensors if not tensor.requires_grad), "weights")
+        tracker.label(self.lora, "lora")
+        tracker.label(self.optimiser.state.values(), "optimiser")
+        tracker.label(self.inputs.values(), "inputs")
+        tracker.label(self.shell.given.values(), "residuals")
+        for parameter in self.lora:
+            parameter.register_post_accumulate_grad_hook(lambda p: tracker.label([p.grad], "gradients"))
+
+
 class Stage:
     """A model on the meta device, on which steps of different settings are played. It is frozen, else not changed.
 
-    size: from settings to the size of one forward; fake: False runs on real random tensors, which is a measurement.
+    size: from settings to the size of one forward; fake: False runs on real random tensors, which is a measurement;
+    device: of real tensors, "cpu" or "cuda".
     """
 
-    def __init__(self, model: nn.Module, size: Callable[[FinetuneSettings], Size], fake: bool = True):
-        self.model, self.size, self.fake = model.requires_grad_(False), size, fake
+    def __init__(
+        self,
+        model: nn.Module,
+        size: Callable[[FinetuneSettings], Size],
+        fake: bool = True,
+        device: str = "cpu",
+    ):
+        self.model, self.size, self.fake, self.device = model.requires_grad_(False), size, fake, device
         self.contract = find_contract(model)
 
     def play(self, settings: FinetuneSettings, train: Train, shorten: bool = True) -> Course:
         """One step: forward, loss, backward, and unless blocks are left out, AdamW's step."""
+        tracker = PeakMemory()
+        with self.scene(settings, train, tracker, shorten) as scene, _marks(scene.blocks, tracker):
+            if not shorten:
+                _make_state(scene.optimiser, scene.lora)
+            scene.label(tracker)
+            start = tracker.now
+            tracker.mark("begin")
+            with tracker:
+                self._forward_and_backward(scene, settings, tracker.mark)
+                tracker.mark("end")
+                if not shorten:
+                    scene.optimiser.step()
+            tracker.mark("done")
+        return Course(start, tracker.segments[1:])
+
+    def run(self, settings: FinetuneSettings, train: Train, steps: int) -> Iterator[None]:
+        """Whole steps without a tracker, for whoever measures by other means; yields before the first and after each.
+
+        What is yielded before the first is a model with its weights, but without gradients or optimiser state.
+        """
+        with self.scene(settings, train, PeakMemory(), shorten=False) as scene:
+            yield
+            for _ in range(steps):
+                self._forward_and_backward(scene, settings, lambda label: None)
+                scene.optimiser.step()
+                scene.optimiser.zero_grad(set_to_none=True)
+                yield
+
+    @contextmanager
+    def scene(self, settings: FinetuneSettings, train: Train, tracker: PeakMemory, shorten: bool) -> Iterator[Scene]:
+        """The model set up; tracker: that weights of streamed blocks are told to."""
         groups = groups_of(self.model, self.contract, train, settings.late)
         shapes = self.record_shapes(settings, stored_runs(self.contract, train, settings.late))
-        tracker = PeakMemory()
         blocks = {name: list(module_list(self.model, name)) for name in self.contract.stacks}
+        norms = norms_as_on_cuda(self.model, settings) if self.fake else plain_norms(self.model, settings, self.device)
         with ExitStack() as stack:
-            if self.fake:
-                stack.enter_context(norms_as_on_cuda(self.model, settings))  # before blocks are copied or hidden
+            stack.enter_context(norms)  # before blocks are copied or hidden
             shell = stack.enter_context(self._hollowed(settings, train, tracker))
             modules = self._cast(groups, blocks, settings, shorten)
             stack.enter_context(placing(self.model, modules))
             stack.enter_context(_gradient_checkpointing(self.model, settings.checkpointing))
             stack.enter_context(self.tensors(settings))
-            running = {
-                f"{number}.{place}": modules[group.stack].get(n, blocks[group.stack][n])
-                for number, group in enumerate(groups)
-                for place, n in enumerate(group.shortened if shorten else group.numbers)
-            }
-            stack.enter_context(_marks(running, tracker))
-            start = self._step(shell, settings, tracker, shapes, optimise=not shorten)
-        return Course(start, tracker.segments[1:])
+            shell.feed({name: self._zeros(row, DTYPES[settings.dtype]) for name, row in shapes.items()})
+            lora = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
+            yield Scene(
+                model=self.model,
+                shell=shell,
+                inputs=example_inputs(self.model, self.size(settings), device=self.device),
+                lora=lora,
+                optimiser=torch.optim.AdamW(lora, foreach=True),  # as it is on CUDA by default
+                blocks={
+                    f"{number}.{place}": modules[group.stack].get(n, blocks[group.stack][n])
+                    for number, group in enumerate(groups)
+                    for place, n in enumerate(group.shortened if shorten else group.numbers)
+                },
+            )
 
     def record_shapes(self, settings: FinetuneSettings, runs: tuple[Run, ...]) -> Shapes:
         """The shapes of what is stored of one batch."""
@@ -146,12 +212,15 @@ class Stage:
     def tensors(self, settings: FinetuneSettings) -> Iterator[None]:
         """The model with fake or real tensors in the place of those on meta."""
         mode: AbstractContextManager[Any] = FakeTensorMode(allow_non_fake_inputs=True) if self.fake else nullcontext()
-        with mode, materialised(self.model, DTYPES[settings.dtype], self.fake):
+        with mode, materialised(self.model, DTYPES[settings.dtype], self.fake, self.device):
             yield
+
+    def _zeros(self, row: Sequence[torch.Size | None], dtype: torch.dtype) -> tuple[Tensor | None, ...]:
+        return tuple(None if s is None else torch.zeros(s, dtype=dtype, device=self.device) for s in row)
 
     def _hollowed(self, settings: FinetuneSettings, train: Train, tracker: PeakMemory) -> AbstractContextManager[Shell]:
         plan = Plan(model=self.contract.shape, train={name: tuple(numbers) for name, numbers in train.items()})
-        weights = Weights(tracker, DTYPES[settings.dtype], self.fake)
+        weights = Weights(tracker, DTYPES[settings.dtype], self.fake, self.device)
         return hollow(self.model, plan, settings.late, blocks=weights)
 
     def _cast(
@@ -170,50 +239,14 @@ class Stage:
                     add_lora(adapted, lora_targets(block, ends=settings.targets), settings.rank, lora_dtype(settings))
         return modules
 
-    def _step(
-        self, shell: Shell, settings: FinetuneSettings, tracker: PeakMemory, shapes: Shapes, optimise: bool
-    ) -> Bytes:
-        model = self.model
-        inputs = example_inputs(model, self.size(settings), device="cpu")
-        lora = [p for p in model.parameters() if p.requires_grad]
-        optimiser = torch.optim.AdamW(lora, foreach=True)  # as it is on CUDA by default
-        if optimise:
-            _make_state(optimiser, lora)
-        dtype = DTYPES[settings.dtype]
-        shell.feed(
-            {
-                name: tuple(None if s is None else torch.zeros(s, dtype=dtype) for s in row)
-                for name, row in shapes.items()
-            }
-        )
-        tracker.label((t for t in (*model.parameters(), *model.buffers()) if not t.requires_grad), "weights")
-        tracker.label(lora, "lora")
-        tracker.label(optimiser.state.values(), "optimiser")
-        tracker.label(inputs.values(), "inputs")
-        tracker.label(shell.given.values(), "residuals")
-        for parameter in lora:
-            parameter.register_post_accumulate_grad_hook(lambda p: tracker.label([p.grad], "gradients"))
-        start = tracker.now
-        tracker.mark("begin")
-        with tracker:
-            _forward_and_backward(model, inputs, settings, tracker)
-            tracker.mark("end")
-            if optimise:
-                optimiser.step()
-        tracker.mark("done")
-        return start
-
-
-def _forward_and_backward(
-    model: nn.Module, inputs: Mapping[str, Any], settings: FinetuneSettings, tracker: PeakMemory
-) -> None:
-    with computing(settings, "cpu"):
-        out = model(**inputs, return_dict=False)[0]
-        tracker.mark(UNCACHE)
-    tracker.mark("loss")
-    loss = F.mse_loss(out.float(), torch.empty_like(out, dtype=torch.float32))
-    del out
-    loss.backward()
+    def _forward_and_backward(self, scene: Scene, settings: FinetuneSettings, mark: Callable[[str], None]) -> None:
+        with computing(settings, self.device):
+            out = scene.model(**scene.inputs, return_dict=False)[0]
+            mark(UNCACHE)
+        mark("loss")
+        loss = F.mse_loss(out.float(), torch.empty_like(out, dtype=torch.float32))
+        del out
+        loss.backward()
 
 
 def _make_state(optimiser: torch.optim.Optimizer, parameters: list[nn.Parameter]) -> None:
