@@ -7,6 +7,7 @@ import typer
 
 from skipwise.cli.common import console, progress_bar
 from skipwise.demo import run_demo
+from skipwise.errors import UserError
 from skipwise.report import table
 
 
@@ -14,15 +15,33 @@ def command(
     model: Annotated[
         list[str] | None, typer.Option(help="A model; repeat for several. tiny-dllm and tiny-ar by default.")
     ] = None,
-    output: Annotated[Path, typer.Option("--output", "-o", help="Folder for everything.")] = Path("runs/demo"),
+    output: Annotated[Path | None, typer.Option("--output", "-o", help="Folder for everything; runs/demo.")] = None,
     examples: Annotated[int | None, typer.Option(help="Prompts a task (200), or windows of a text (6).", min=1)] = None,
+    image: Annotated[
+        bool, typer.Option("--image", help="Personalise tiny-dit by LoRA and by BlockSkip instead, side by side.")
+    ] = False,
 ) -> None:
     """Analyse, plan 1, 2, 3, 4 and 6 skipped blocks by similarity and at random, evaluate, and report.
 
     Examples: skipwise demo    |    skipwise demo --model smollm2-135m    |    skipwise demo --model org/name
     """
+    if image:
+        if model or examples:
+            raise UserError("--image has a model and pictures of its own; leave out --model and --examples.")
+        return _image(output or Path("runs/demo-image"))
     with progress_bar() as tell:
-        results, page = run_demo(model or ("tiny-dllm", "tiny-ar"), output, examples=examples, on_progress=tell)
+        names = model or ("tiny-dllm", "tiny-ar")
+        results, page = run_demo(names, output or Path("runs/demo"), examples=examples, on_progress=tell)
     for result in results:
         console.print(table(result))
     console.print(f"report: {page}", highlight=False)
+
+
+def _image(output: Path) -> None:
+    from skipwise.image_demo import run_image_demo
+    from skipwise.report.personalisation import personalisation_table
+
+    with progress_bar() as tell:
+        outcomes, page = run_image_demo(output, on_progress=tell)
+    console.print(personalisation_table(outcomes))
+    console.print(f"page: {page}", highlight=False)

@@ -1,0 +1,119 @@
+"""`skipwise demo --image`: teach tiny-dit a subject in three ways, and show what each one gives and costs."""
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+
+from skipwise.evaluation.pictures import Features, feature_net, prompt_fidelity, subject_similarity
+from skipwise.files import check_writable, write_atomically
+from skipwise.finetuning.finetune import Subject, finetune
+from skipwise.finetuning.lora import load_lora
+from skipwise.finetuning.prepare import Progress
+from skipwise.finetuning.selection import select_blocks
+from skipwise.finetuning.settings import FinetuneSettings
+from skipwise.finetuning.train import TrainingSettings, read_log
+from skipwise.loading import pipeline_folder
+from skipwise.plan import Plan
+from skipwise.report.personalisation import Outcome, write_page
+from skipwise.versions import versions
+from skipwise.zoo import subject as shipped
+from skipwise.zoo.text_to_image import load_pipeline, paint
+
+MODEL = "tiny-dit"
+BACKGROUNDS = ("blue", "orange", "black", "white")  # white alone is in a picture of the subject
+SEEDS = (0, 1, 2)
+SETTINGS = FinetuneSettings(resolution=64, rank=8, dtype="float32", text_tokens=16)
+TRAINING = TrainingSettings(steps=300, learning_rate=1e-3, draws=24, checkpoint_every=100)
+
+
+@dataclass(frozen=True)
+class Way:
+    """A way to personalise: which share of the blocks' weights is trained, chosen by which rule, and how."""
+
+    name: str
+    settings: FinetuneSettings
+    blocks: str | None = None  # all
+    rule: str = "vital"
+
+    def plan(self, learnt: Subject, model: str) -> Plan | None:
+        """The plan of one that does not train all blocks."""
+        return select_blocks(model, self.blocks, self.rule, learnt, self.settings) if self.blocks else None
+
+
+WAYS = (
+    Way("LoRA on all blocks", SETTINGS),
+    Way("LoRA on vital blocks", replace(SETTINGS, late="frozen"), "50%"),
+    Way("BlockSkip", replace(SETTINGS, patch=32), "50%"),
+)
+
+
+def run_image_demo(
+    output: str | Path = "runs/demo-image",
+    ways: Sequence[Way] = WAYS,
+    seeds: Sequence[int] = SEEDS,
+    training: TrainingSettings = TRAINING,
+    model: str = MODEL,
+    features: Features | None = None,
+    on_progress: Progress | None = None,
+) -> tuple[list[Outcome], Path]:
+    """Personalise in every way with every seed, draw, measure, and write result.json and page.html.
+
+    Adapters are in `output`/WAY-SEED. features: see `subject_similarity`. Returns the outcomes, the first of them that
+    of the model as it was, and the page's path. Raises UserError without the extra `features`.
+    """
+    features = features or feature_net()  # before anything that takes long
+    output = check_writable(output)
+    folder = str(pipeline_folder(model))
+    learnt = Subject(shipped.folder(), shipped.PROMPT)
+    prompts = [f"{shipped.PROMPT} on a {colour} background" for colour in BACKGROUNDS]
+    before = [_draw(folder, None, prompts, seed) for seed in seeds]
+    outcomes = [_judge("as it was", before, prompts, features)]
+    for way in ways:
+        plan = way.plan(learnt, folder)
+        runs = [_personalise(way, plan, folder, learnt, replace(training, seed=s), output, on_progress) for s in seeds]
+        pictures = [_draw(folder, run, prompts, seed) for run, seed in zip(runs, seeds, strict=True)]
+        outcomes.append(_costed(_judge(way.name, pictures, prompts, features), plan, runs))
+    content = {"model": model, "prompts": prompts, "seeds": list(seeds), "versions": versions()}
+    content |= {"outcomes": [outcome.to_json() for outcome in outcomes]}
+    write_atomically(output / "result.json", json.dumps(content, indent=2) + "\n")
+    return outcomes, write_page(outcomes, prompts, [p.pixels for p in shipped.subject()], output / "page.html")
+
+
+def _personalise(
+    way: Way,
+    plan: Plan | None,
+    model: str,
+    learnt: Subject,
+    training: TrainingSettings,
+    output: Path,
+    on_progress: Progress | None,
+) -> Path:
+    """The folder of the adapter."""
+    folder = output / f"{way.name.replace(' ', '-').lower()}-{training.seed}"
+    finetune(model, learnt, folder, plan, way.settings, training, device="cpu", on_progress=on_progress)
+    return folder
+
+
+def _costed(outcome: Outcome, plan: Plan | None, runs: Sequence[Path]) -> Outcome:
+    """With what training took: memory of one seed, which is that of all, and the median time of a step."""
+    lines = [read_log(run / "train.jsonl")[-1] for run in runs]
+    trained = "all" if plan is None else "; ".join(f"{s} {', '.join(map(str, n))}" for s, n in plan.train.items())
+    seconds = float(np.median([line["seconds_a_step"] for line in lines]))
+    return replace(outcome, trained=trained, peak=lines[0]["peak_by_part"], seconds_a_step=seconds)
+
+
+def _judge(name: str, pictures: list[list[np.ndarray]], prompts: Sequence[str], features: Features) -> Outcome:
+    wanted = [picture.pixels for picture in shipped.subject()]
+    similarity = subject_similarity(pictures, wanted, features)
+    return Outcome(name, pictures, similarity, prompt_fidelity(pictures, prompts))
+
+
+def _draw(model: str, adapter: Path | None, prompts: Sequence[str], seed: int) -> list[np.ndarray]:
+    """By the stock pipeline, with all of its blocks."""
+    pipeline = load_pipeline(model)
+    if adapter is not None:
+        load_lora(pipeline, adapter)
+    return paint(pipeline, prompts, seed)
