@@ -22,9 +22,10 @@ from typing import Any
 
 from skipwise.files import write_atomically
 from skipwise.finetuning.fitting import Place, consecutive
-from skipwise.finetuning.memory import GIB, Estimator, MemoryEstimate
+from skipwise.finetuning.memory import Estimator, MemoryEstimate
 from skipwise.finetuning.settings import FinetuneSettings
 from skipwise.report.memory import markdown
+from skipwise.sizes import GIB
 from skipwise.versions import versions
 
 MODELS = ("flux.1-dev", "sd3-medium", "sana-1.6b")

@@ -256,7 +256,7 @@ def test_the_command_line_trains_draws_and_says_what_is_wrong(pipelines, subject
     assert Image.open(output / "validation" / "0.png").size == (64, 64)
     assert sum(map(len, Plan.load(output / "plan.json").train.values())) == 3
     for wrong, message in [
-        (["--blocks", "3", "--memory", "8GiB"], "Give one of --plan, --blocks and --memory"),
+        (["--blocks", "3", "--memory", "8GiB"], "Give either --blocks or --memory"),
         (["--set", "drows=3"], "Unknown setting of a fine-tuning 'drows'. Did you mean 'draws'?"),
         (["--subject", "dag"], "lacks the subject token 'dag'"),
         (["--blocks", "3", "--rule", "best"], "Unknown rule 'best'"),

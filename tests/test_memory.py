@@ -28,20 +28,18 @@ from skipwise.finetuning.fitting import (
     CONTEXT,
     bytes_of,
     cheapest,
-    choose_blocks,
     consecutive,
     describe_blocks,
-    middle_blocks,
     needed,
-    parse_bytes,
 )
-from skipwise.finetuning.memory import GIB, Estimator, MemoryEstimate, estimate_memory, optimiser_bytes
+from skipwise.finetuning.memory import Estimator, MemoryEstimate, estimate_memory, optimiser_bytes
 from skipwise.finetuning.peak import PARTS, Bytes, PeakMemory, Segment, compose
 from skipwise.finetuning.precision import computing, plain_norms
 from skipwise.finetuning.runs import Train
 from skipwise.finetuning.settings import FinetuneSettings
 from skipwise.finetuning.simulation import Stage
 from skipwise.presets import names as preset_names
+from skipwise.sizes import GIB, parse_bytes
 from tests.tiny_pipelines import pipeline, save
 
 MIB = 2**20
@@ -304,21 +302,8 @@ def test_last_blocks_under_late_mode_none() -> None:
     assert fit.settings.late == "none"
 
 
-def test_blocks_are_chosen_by_bytes() -> None:
-    sizes = {"a": [4, 4, 4], "b": [1, 1, 1, 1]}
-    assert middle_blocks(sizes, 2) == {"b": (0,)}
-    assert middle_blocks(sizes, 6) == {"a": (2,), "b": (0, 1)}
-    assert middle_blocks(sizes, 2, "end") == {"b": (2, 3)}
-    assert choose_blocks(sizes, "all") == {"a": (0, 1, 2), "b": (0, 1, 2, 3)}
-    assert choose_blocks(sizes, "50%") == middle_blocks(sizes, 8)
-    assert choose_blocks(sizes, "3") == {"a": (2,), "b": (0, 1)}
+def test_blocks_are_described_in_ranges() -> None:
     assert describe_blocks({"a": (0, 1, 4), "b": ()}) == "a 0-1 4"
-
-
-@pytest.mark.parametrize(("wanted", "said"), [("0", "give 1 to 7"), ("8", "give 1 to 7"), ("some", "such as 50%")])
-def test_blocks_that_cannot_be(wanted: str, said: str) -> None:
-    with pytest.raises(UserError, match=said):
-        choose_blocks({"a": [4, 4, 4], "b": [1, 1, 1, 1]}, wanted)
 
 
 def test_amounts_of_memory() -> None:

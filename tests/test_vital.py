@@ -231,10 +231,11 @@ def test_stacks_may_be_left_out() -> None:
 @pytest.mark.parametrize(
     ("budget", "message"),
     [
-        (0, "0 is no budget; give a number of blocks"),
+        (0, "Cannot train 0 blocks"),
+        ("few", "'few' is no budget; give a number of blocks"),
         (8, "Cannot train 8 blocks: there are 3. Choose 1 to 3"),
         ("2.5", "'2.5' is no budget"),
-        ("6GB", "'6GB' is no budget"),
+        ("6XB", "'6XB' is no budget"),
         ("101%", "'101%' is no budget"),
         ("nan%", "'nan%' is no budget"),
         ("9B", "No block fits in 9B: the smallest weighs"),

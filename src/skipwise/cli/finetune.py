@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from skipwise.finetuning.settings import FinetuneSettings
     from skipwise.finetuning.train import TrainingSettings
 
-RULE_HELP = "Which blocks: middle, last (then nothing is skipped behind them), or by score: vital, paper."
+RULE_HELP = "Which blocks: middle, last (the default of late=none), or by the subject's words: vital, paper."
 SET_HELP = "Any other setting, name=value, such as late=frozen, checkpointing=true, draws=16. Repeatable."
 
 
@@ -30,7 +30,7 @@ def command(
     output: Annotated[Path, typer.Option("--output", "-o", help="Folder for everything.")] = Path("runs/finetune"),
     plan: Annotated[Path | None, typer.Option(help="A plan whose `train` names the blocks.")] = None,
     blocks: Annotated[str, typer.Option(help="Train all, a number, a share of their bytes (50%), or 8GiB.")] = "all",
-    rule: Annotated[str, typer.Option(help=RULE_HELP)] = "middle",
+    rule: Annotated[str | None, typer.Option(help=RULE_HELP)] = None,
     memory: Annotated[str | None, typer.Option(help="Choose blocks and settings that fit, such as 8GiB.")] = None,
     steps: Annotated[int | None, typer.Option(help="Updates of the adapter (500).", min=1)] = None,
     learning_rate: Annotated[float | None, typer.Option(help="Its peak (1e-4).")] = None,
@@ -57,7 +57,7 @@ def command(
     memory_settings, training = _split(changes)
     choice = Choice(model, plan, blocks, rule, memory, device)
     if dry_run:
-        return _print_estimate(choice, memory_settings)
+        return print_estimate(choice, memory_settings)
     if images is None:
         raise UserError("Give --images, a folder of pictures of the subject, or --dry-run.")
     from skipwise.finetuning.finetune import Subject, finetune
@@ -82,15 +82,17 @@ class Choice:
     """How the command line says which blocks are trained."""
 
     model: str
-    plan: Path | None
-    blocks: str
-    rule: str
-    memory: str | None
-    device: str | None
+    plan: Path | None = None
+    blocks: str = "all"
+    rule: str | None = None
+    memory: str | None = None
+    device: str | None = None
 
     def __post_init__(self) -> None:
-        if sum((self.plan is not None, self.blocks != "all", self.memory is not None)) > 1:
-            raise UserError("Give one of --plan, --blocks and --memory, which chooses the blocks itself.")
+        given = {"--blocks": self.blocks != "all", "--memory": self.memory, "--plan": self.plan}
+        named = [option for option, value in given.items() if value]
+        if len(named) > 1:
+            raise UserError(f"Give either {named[0]} or {named[1]}; each of them chooses the blocks.")
 
     def make(
         self, settings: "FinetuneSettings", subject: "Subject | None" = None, seed: int = 0
@@ -109,12 +111,12 @@ class Choice:
             return Plan.load(self.plan), settings
         if self.blocks == "all":
             return None, settings
-        return select_blocks(
-            self.model, self.blocks, self.rule, subject, settings, device=self.device, seed=seed
-        ), settings
+        rule = self.rule or ("last" if settings.late == "none" else "middle")
+        return select_blocks(self.model, self.blocks, rule, subject, settings, device=self.device, seed=seed), settings
 
 
-def _print_estimate(choice: Choice, settings: "FinetuneSettings") -> None:
+def print_estimate(choice: Choice, settings: "FinetuneSettings") -> None:
+    """What a fine-tuning takes, by part, from the config alone."""
     from skipwise.finetuning.memory import estimate_memory
     from skipwise.report.memory import memory_notes, memory_table
 

@@ -71,25 +71,10 @@ def command(
 
 
 def _print_finetuning(model: str, memory: str | None, blocks: str, changes: dict[str, Any]) -> None:
-    from skipwise.finetuning.fitting import cheapest, choose_blocks
-    from skipwise.finetuning.memory import Estimator
+    from skipwise.cli.finetune import Choice, print_estimate
     from skipwise.finetuning.settings import FinetuneSettings
-    from skipwise.report.memory import memory_notes, memory_table
 
-    chosen = FinetuneSettings().but(**changes)
-    if memory and blocks != "all":
-        raise UserError("Give either --blocks or --memory, which chooses the blocks itself.")
-    estimator = Estimator(model)
-    if memory:
-        fit = cheapest(estimator, memory, chosen)
-        estimate, words = fit.estimate, [fit.sentence()]
-    else:
-        place: Any = "end" if chosen.late == "none" else "middle"
-        estimate = estimator.estimate(chosen, choose_blocks(estimator.block_bytes(chosen.dtype), blocks, place))
-        words = []
-    console.print(memory_table(estimate))
-    for line in (*memory_notes(estimate), *words):
-        console.print(line, highlight=False)
+    print_estimate(Choice(model, blocks=blocks, memory=memory), FinetuneSettings().but(**changes))
 
 
 def _parameters(model: nn.Module, name: str) -> list[int]:

@@ -1,6 +1,5 @@
 """The settings with which a fine-tuning fits a given memory, and which blocks to train within a number of bytes."""
 
-import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
@@ -8,11 +7,11 @@ from typing import Literal
 from torch import nn
 
 from skipwise.errors import UserError
-from skipwise.finetuning.memory import GIB, Estimator, MemoryEstimate
+from skipwise.finetuning.memory import Estimator, MemoryEstimate
 from skipwise.finetuning.runs import Train
 from skipwise.finetuning.settings import FinetuneSettings
+from skipwise.sizes import GIB, parse_bytes, show_bytes
 
-UNITS = {"GiB": 2**30, "MiB": 2**20, "GB": 10**9, "MB": 10**6}
 # what a device needs besides what torch's allocator hands out: the CUDA context, then workspaces and fragments
 CONTEXT, SHARE = GIB // 2, 0.05
 ALIKE = 0.05  # trained bytes that differ by less, as a fraction of all blocks', count as equal
@@ -64,20 +63,6 @@ def needed(estimate: MemoryEstimate) -> int:
     return CONTEXT + round((1 + SHARE) * estimate.peak)
 
 
-def parse_bytes(text: str) -> int:
-    """`8GiB`, `900 MiB`, `12GB` -> bytes. Raises UserError for anything else."""
-    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([A-Za-z]+)\s*", text)
-    units = {unit.lower(): size for unit, size in UNITS.items()}
-    if not match or match[2].lower() not in units or not float(match[1]):
-        raise UserError(f"{text!r} is no amount of memory; write a number and one of {', '.join(UNITS)}, such as 8GiB.")
-    return round(float(match[1]) * units[match[2].lower()])
-
-
-def show_bytes(amount: int) -> str:
-    """`8 GiB`."""
-    return f"{amount / GIB:.4g} GiB"
-
-
 def in_order(sizes: Mapping[str, Sequence[int]]) -> list[tuple[str, int, int]]:
     """(stack, number, bytes) of all blocks, in the order in which they run."""
     return [(stack, number, size) for stack, row in sizes.items() for number, size in enumerate(row)]
@@ -91,35 +76,6 @@ def consecutive(sizes: Mapping[str, Sequence[int]], count: int, place: Place) ->
     for stack, number, _ in order[start : start + count]:
         chosen[stack] = (*chosen.get(stack, ()), number)
     return chosen
-
-
-def middle_blocks(sizes: Mapping[str, Sequence[int]], budget: int, place: Place = "middle") -> Train:
-    """As many blocks in the middle of the order (or at its end) as `budget` bytes of weights allow.
-
-    sizes: stack -> bytes of each block, as `Estimator.block_bytes` gives them. Raises UserError when none fits.
-    """
-    count = _largest(len(in_order(sizes)), lambda count: bytes_of(sizes, consecutive(sizes, count, place)) <= budget)
-    if not count:
-        least = bytes_of(sizes, consecutive(sizes, 1, place))
-        raise UserError(f"{show_bytes(budget)} hold no block; the one in the {place} has {show_bytes(least)}.")
-    return consecutive(sizes, count, place)
-
-
-def choose_blocks(sizes: Mapping[str, Sequence[int]], wanted: str, place: Place = "middle") -> Train:
-    """`all`, a number of blocks, a share of the blocks' bytes such as `50%`, or bytes such as `8GiB` -> blocks."""
-    order = in_order(sizes)
-    if wanted == "all":
-        return consecutive(sizes, len(order), place)
-    if wanted.isdecimal():
-        if not 1 <= int(wanted) <= len(order):
-            raise UserError(f"Cannot train {wanted} blocks: the model has {len(order)}; give 1 to {len(order)}.")
-        return consecutive(sizes, int(wanted), place)
-    if re.fullmatch(r"\d+(\.\d+)?%", wanted):
-        return middle_blocks(sizes, round(sum(size for *_, size in order) * float(wanted[:-1]) / 100), place)
-    try:
-        return middle_blocks(sizes, parse_bytes(wanted), place)
-    except UserError as error:
-        raise UserError(f"Blocks {wanted!r}: give all, a number, a share such as 50%, or bytes. {error}") from error
 
 
 def bytes_of(sizes: Mapping[str, Sequence[int]], train: Train) -> int:

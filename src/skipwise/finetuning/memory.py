@@ -37,7 +37,6 @@ from skipwise.finetuning.simulation import (
 )
 from skipwise.loading import DTYPES, load_skeleton
 
-GIB = 2**30
 TEXT_TOKENS = 512  # of models that have no row
 # what the pipelines pad prompts to: SD3 joins 77 tokens of CLIP and 256 of T5
 TEXT_TOKENS_OF = {"FluxTransformer2DModel": 512, "SD3Transformer2DModel": 333, "SanaTransformer2DModel": 300,

@@ -23,10 +23,10 @@ from skipwise.finetuning.precision import computing
 from skipwise.finetuning.prepare import Prepared
 from skipwise.finetuning.residuals import DrawKey
 from skipwise.finetuning.settings import FinetuneSettings
+from skipwise.sizes import GIB
 
 Records = Callable[[Sequence[Draw]], Record]  # what is stored of a batch of draws, on any device
 PlaceMode = Literal["restart", "keep"]
-GIB = 2**30
 
 
 @dataclass(frozen=True)

@@ -18,9 +18,8 @@ from skipwise.blocks import find_contract, module_list
 from skipwise.errors import UserError, unknown
 from skipwise.masking import Tokens
 from skipwise.plan import Plan, Provenance
+from skipwise.sizes import parse_bytes
 from skipwise.versions import versions
-
-UNITS = {"GiB": 2**30, "MiB": 2**20, "KiB": 2**10, "B": 1}
 
 
 @dataclass(frozen=True)
@@ -37,18 +36,11 @@ class Budget:
         Raises UserError for what is none of these, for more blocks than there are, and when no block fits.
         """
         text = str(budget).strip()
-        unit = next((unit for unit in ("%", *UNITS) if text.endswith(unit)), "")
-        try:
-            amount = float(text.removesuffix(unit)) if unit else int(text)
-        except ValueError:
-            amount = -1
-        if not 0 < amount < float("inf") or (unit == "%" and amount > 100):
-            raise UserError(f"{budget!r} is no budget; give a number of blocks (12), a size (6GiB) or a share (40%).")
-        if not unit:
-            if amount > len(weights):
+        if text.lstrip("-").isdecimal():
+            if not 1 <= int(text) <= len(weights):
                 raise UserError(f"Cannot train {text} blocks: there are {len(weights)}. Choose 1 to {len(weights)}.")
-            return cls((1,) * len(weights), amount)
-        limit = amount / 100 * sum(weights) if unit == "%" else amount * UNITS[unit]
+            return cls((1,) * len(weights), int(text))
+        limit = _share(text) * sum(weights) if text.endswith("%") else _bytes(text)
         if limit < min(weights):
             raise UserError(
                 f"No block fits in {budget}: the smallest weighs {min(weights) / 2**20:.4g} MiB; give more."
@@ -58,6 +50,28 @@ class Budget:
     def holds(self, places: Sequence[int]) -> bool:
         """Whether these blocks together are not too many; 40% of ten equal blocks are four, whatever rounding says."""
         return sum(self.prices[place] for place in places) <= self.limit * (1 + 1e-9)
+
+
+def _share(text: str) -> float:
+    """`40%` -> 0.4."""
+    try:
+        share = float(text.removesuffix("%")) / 100
+    except ValueError:
+        share = 0.0
+    if not 0 < share <= 1:
+        raise _no_budget(text)
+    return share
+
+
+def _bytes(text: str) -> int:
+    try:
+        return parse_bytes(text)
+    except UserError as error:
+        raise _no_budget(text) from error
+
+
+def _no_budget(text: str) -> UserError:
+    return UserError(f"{text!r} is no budget; give a number of blocks (12), a size (6GiB) or a share (40%).")
 
 
 def vital_plan(

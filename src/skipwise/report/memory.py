@@ -6,8 +6,9 @@ from rich import box
 from rich.table import Table
 
 from skipwise.finetuning.fitting import describe_blocks
-from skipwise.finetuning.memory import GIB, MemoryEstimate
+from skipwise.finetuning.memory import MemoryEstimate
 from skipwise.finetuning.peak import PARTS, Bytes
+from skipwise.sizes import GIB
 
 STAGES = {"training": "a training step", "making": "making of residuals", "encoding": "encoding of pictures"}
 
