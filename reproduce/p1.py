@@ -60,7 +60,7 @@ class Study:
             yield sw.make_plan(self.analysis, "window", skip=skip)
             if not self.core:
                 spread = sw.make_plan(self.analysis, "similarity", skip=skip, forbid_neighbours=True)
-                yield renamed(spread, "similarity, no neighbours")
+                yield spread.named("similarity, no neighbours")
         calibration = self.calibration()
         order = self.greedy_order(self.calibration(count=1024, batch_size=128), max(sizes))
         greedy = {skip: self.cut(order, skip) for skip in sizes}
@@ -107,7 +107,7 @@ class Study:
             for tasks, name in (([task], f"greedy on {task} alone"), (others, f"greedy on all but {task}")):
                 calibration = self.calibration(tasks, 128)
                 plan = sw.make_plan(self.analysis, "greedy", skip=skip, calibration=calibration)
-                yield renamed(plan, name)
+                yield plan.named(name)
 
     def healed(self, greedy: dict[int, sw.Plan]) -> Iterator[sw.Plan]:
         """Greedy plans with an adapter, and one with stand-ins and an adapter."""
@@ -123,11 +123,6 @@ class Study:
         if 8 in greedy and not self.core:
             linear = sw.fit_stand_ins(greedy[8], self.calibration(), "linear")
             yield sw.heal(linear, calibration, folder / "healed-8-linear.json", settings)
-
-
-def renamed(plan: sw.Plan, method: str) -> sw.Plan:
-    """The plan under another name in tables."""
-    return plan.model_copy(update={"made_by": plan.made_by.model_copy(update={"method": method})})
 
 
 def main() -> None:

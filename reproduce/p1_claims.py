@@ -3,18 +3,10 @@
 from collections.abc import Callable
 from statistics import fmean
 
-from p1_results import KINDS, REAL, Study, of_kind, shown, spread
+from p1_results import KINDS, REAL, Study, of_kind
+from pages import UNTESTED, Verdict, of_gains, shown, spread, verdict
 
 from skipwise.evaluation import Interval, Row, difference
-
-# A claim of the paper, and what is found here: (claim, verdict, evidence)
-Verdict = tuple[str, str, str]
-HOLDS, FAILS, UNTESTED = "holds", "does not hold at this scale", "not testable here"
-
-
-def verdict(claim: str, holds: bool, evidence: str) -> Verdict:
-    """A claim with what the numbers say."""
-    return claim, HOLDS if holds else FAILS, evidence
 
 
 def claims(studies: dict[str, Study]) -> list[Verdict]:
@@ -164,23 +156,3 @@ def _greedy_moves_less(every: list[Study], k: int) -> Verdict:
     ]
     claim = f"Greedy moves the predictions on test texts less than similarity does, {k} of 24"
     return of_gains(claim, gains, "KL is lower, in nats a token, by", 4)
-
-
-def of_gains(claim: str, gains: list[Interval], what: str, digits: int) -> Verdict:
-    """Holds when the mean over the models is above zero with its interval, and no model's interval is below zero."""
-    mean = _mean(gains)
-    above, below = sum(gain.low > 0 for gain in gains), sum(gain.high < 0 for gain in gains)
-    evidence = (
-        f"{what} {shown(mean, digits)}; of {len(gains)} models {above} have their interval above zero, "
-        f"{len(gains) - above - below} around it, {below} below it; from {min(g.value for g in gains):.{digits}f} to "
-        f"{max(g.value for g in gains):.{digits}f}"
-    )
-    return verdict(claim, mean.low > 0 and below == 0, evidence)
-
-
-def _mean(gains: list[Interval]) -> Interval:
-    """Mean of independent estimates for these very models; variances add up."""
-    value, count = fmean(gain.value for gain in gains), len(gains)
-    low = sum((gain.value - gain.low) ** 2 for gain in gains) ** 0.5 / count
-    high = sum((gain.high - gain.value) ** 2 for gain in gains) ** 0.5 / count
-    return Interval(value=value, low=value - low, high=value + high)

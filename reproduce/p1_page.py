@@ -3,11 +3,11 @@
 python reproduce/p1_page.py docs/results/p1 --page docs/results/p1.md
 """
 
-from pathlib import Path
 from statistics import fmean
 
 from p1_claims import beyond, claims
-from p1_results import KINDS, REAL, Study, of_kind, read, shown, spread, table, write_page
+from p1_results import KINDS, REAL, Study, of_kind, read
+from pages import filled, shown, spread, table, write_page
 
 from skipwise.evaluation import Interval, Row, difference
 
@@ -170,8 +170,7 @@ def accuracy(studies: dict[str, Study]) -> str:
 
 def page(studies: dict[str, Study]) -> str:
     """The whole page."""
-    template = (Path(__file__).parent / "p1.md.in").read_text(encoding="utf-8")
-    found = {
+    parts = {
         "accuracy": accuracy(studies),
         "claims": table(["claim of the paper", "here", "what was found"], claims(studies)),
         "beyond": table(["beyond the paper", "here", "what was found"], beyond(studies)),
@@ -187,9 +186,7 @@ def page(studies: dict[str, Study]) -> str:
             if label.endswith("-0") or label == REAL
         ),
     }
-    for name, text in found.items():
-        template = template.replace("{{" + name + "}}", text)
-    return template
+    return filled("p1.md.in", parts)
 
 
 if __name__ == "__main__":

@@ -1,16 +1,13 @@
 """The Results and states of paper 1's studies, as the page and its claims read them."""
 
-import argparse
 import json
-from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean
 from typing import Any
 
 import skipwise as sw
-from skipwise.evaluation import Interval, Row
-from skipwise.files import write_atomically
+from skipwise.evaluation import Row
 
 KINDS = {"tiny-dllm": "native diffusion", "tiny-ar": "autoregressive", "tiny-ar2dllm": "AR-initialised diffusion"}
 REAL = "smollm2-135m"
@@ -66,36 +63,3 @@ def read(folder: Path) -> dict[str, Study]:
 def of_kind(studies: dict[str, Study], kind: str) -> list[Study]:
     """The seeds of one kind of model."""
     return [study for label, study in studies.items() if label.rpartition("-")[0] == kind]
-
-
-def table(head: Iterable[str], rows: Iterable[Iterable[str]]) -> str:
-    """A Markdown table."""
-    head = list(head)
-    lines = [head, ["---"] * len(head), *rows]
-    return "\n".join("| " + " | ".join(cells) + " |" for cells in lines)
-
-
-def spread(values: list[float | None], digits: int = 3) -> str:
-    """Mean (lowest to highest) over seeds."""
-    known = [value for value in values if value is not None]
-    if not known:
-        return "-"
-    if len(known) == 1:
-        return f"{known[0]:.{digits}f}"
-    return f"{fmean(known):.{digits}f} ({min(known):.{digits}f} to {max(known):.{digits}f})"
-
-
-def shown(interval: Interval | None, digits: int = 3) -> str:
-    """Value (95% interval)."""
-    if interval is None:
-        return "-"
-    return f"{interval.value:.{digits}f} ({interval.low:.{digits}f} to {interval.high:.{digits}f})"
-
-
-def write_page(what: str | None, page_of: Callable[[Path], str]) -> None:
-    """The command line of a page: its text is made of the Results in a folder."""
-    parser = argparse.ArgumentParser(description=what, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("results", type=Path)
-    parser.add_argument("--page", type=Path, required=True)
-    given = parser.parse_args()
-    write_atomically(given.page, page_of(given.results))

@@ -45,26 +45,13 @@ class Study:
         self.label, self.output, self.quick = label, output, quick
 
     def save(self, what: str, result: sw.Result) -> None:
-        """Write a Result. Stand-ins are not kept: a page needs what they saved and cost."""
-        rows = tuple(row.model_copy(update={"plan": _bare(row.plan)}) for row in result.rows)
-        result.model_copy(update={"rows": rows}).save(self.output / f"{self.label}.{what}.json")
+        """Write a Result. The stand-ins that its plans name are not kept: a page needs what they saved and cost."""
+        result.save(self.output / f"{self.label}.{what}.json")
 
     def placed(self) -> list[sw.Plan]:
         """The paper's placements of the light model, and the light model all the way."""
         plans = [schedule(self.shape, self.light, placement, SHARE) for placement in PLACEMENTS]
-        return [*plans, _named(schedule(self.shape, self.light, share=1.0), ALL_LIGHT)]
-
-
-def _named(plan: sw.Plan, method: str) -> sw.Plan:
-    return plan.model_copy(update={"made_by": plan.made_by.model_copy(update={"method": method})})
-
-
-def _bare(plan: sw.Plan | None) -> sw.Plan | None:
-    """The plan without the stand-ins' tensors, under the name of how it was made."""
-    if plan is None or plan.stand_ins is None:
-        return plan
-    phases = tuple(phase.model_copy(update={"stand_in": None}) for phase in plan.phases)
-    return _named(plan.model_copy(update={"phases": phases, "stand_ins": None}), plan.method)
+        return [*plans, schedule(self.shape, self.light, share=1.0).named(ALL_LIGHT)]
 
 
 class TextStudy(Study):

@@ -3,27 +3,17 @@
 from collections.abc import Sequence
 from statistics import fmean
 
-from p1_claims import of_gains
-from p1_results import shown, spread
 from p2_results import SELF, STATIC, WRITING, Found, Pair, Solver, at_least, best, named, ratio, whole
+from pages import HOLDS, UNTESTED, Verdict, of_gains, shown, spread, verdict
 
 from skipwise.evaluation import Interval, Row, difference, perplexity_ratio
 from skipwise.scheduling.importance import Curve, widths
 
-Verdict = tuple[str, str, str]
-HOLDS, FAILS, UNTESTED = "holds", "does not hold at this scale", "not testable here"
-ENOUGH = 3  # seeds that a claim about kinds of models needs
 MODEST = 1.1  # a modest loss: the perplexity rises by a tenth at most
 SAVED = (0.167, 0.208, 0.25, 0.333)  # of all-in FLOPs: 4, 5, 6 and 8 of 24 blocks
 EQUAL = 0.002  # savings that differ by less are equal
 LENIENT = 0.03  # what others may save less and still be compared with
 OTHERS = ("first", "last", "middle", "spread")
-
-
-def verdict(claim: str, holds: bool, evidence: str, pairs: int = ENOUGH) -> Verdict:
-    """A claim with what the numbers say; of too few seeds it says so."""
-    said = HOLDS if holds else FAILS
-    return claim, said if pairs >= ENOUGH else f"{said}; only {pairs} pair{'s' * (pairs > 1)} of models", evidence
 
 
 def claims(found: Found) -> list[Verdict]:

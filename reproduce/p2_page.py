@@ -3,18 +3,18 @@
 python reproduce/p2_page.py docs/results/p2 --page docs/results/p2.md
 """
 
-import base64
 from collections.abc import Sequence
 from pathlib import Path
 
-from p1_results import shown, spread, table, write_page
 from p2_claims import beyond, claims
 from p2_results import WRITING, Found, Pair, Solver, read, whole
+from pages import filled, shown, spread, table, write_page
 
 import skipwise as sw
 from skipwise.evaluation import Row
 from skipwise.files import write_bytes_atomically
-from skipwise.report.schedules import front_figure
+from skipwise.report.figures import image_bytes
+from skipwise.report.schedules import draw_front
 
 METRICS = {"": "generative perplexity", " (token entropy)": "token entropy, nats", " (distinct-2)": "distinct-2"}
 
@@ -121,7 +121,6 @@ def facts(result: sw.Result) -> str:
 
 def page(found: Found) -> str:
     """The whole page's text."""
-    template = (Path(__file__).parent / "p2.md.in").read_text(encoding="utf-8")
     pairs, solvers = found.pairs, found.solvers
     parts = {
         "claims": table(["claim of the paper", "here", "what was found"], claims(found)),
@@ -138,9 +137,7 @@ def page(found: Found) -> str:
         "fronts": "\n\n".join(_front_of(one) for one in (*solvers, *pairs)),
         "baseline": ", ".join(_baseline(solver) for solver in solvers),
     }
-    for name, text in parts.items():
-        template = template.replace("{{" + name + "}}", text)
-    return template
+    return filled("p2.md.in", parts)
 
 
 def _counted(number: int, what: str) -> str:
@@ -155,8 +152,8 @@ def _baseline(solver: Solver) -> str:
 def draw(folder: Path, found: Found) -> None:
     """The front of every model, as an .svg beside its Result."""
     for one in (*found.solvers, *found.pairs):
-        encoded = front_figure(one.front, "flops").partition(",")[2]
-        write_bytes_atomically(folder / f"{one.label}.front.svg", base64.b64decode(encoded))
+        picture = image_bytes(draw_front(one.front, "flops"), "svg")
+        write_bytes_atomically(folder / f"{one.label}.front.svg", picture)
 
 
 def _drawn(folder: Path) -> str:

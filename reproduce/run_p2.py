@@ -5,17 +5,14 @@ docs/results/p2.md from their Results and from those of seeds 1 and 2, which are
 made: docs/results/p2/README.md.
 """
 
-import argparse
 import shutil
 import subprocess
 import sys
-import time
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-HERE = Path(__file__).parent
-RESULTS = HERE.parent / "docs" / "results" / "p2"
+from running import Run, run_script
+
 STUDIES = (
     ("text", "tiny-text", "tiny-text-light", "--label", "tiny-text-0"),
     ("tasks", "tiny-dllm", "tiny-dllm-light", "--label", "tiny-dllm-0"),
@@ -24,8 +21,7 @@ STUDIES = (
 
 def study(arguments: Sequence[str], output: Path, quick: bool) -> None:
     """Everything about one pair."""
-    more = ["--output", str(output), *(["--quick"] if quick else [])]
-    subprocess.run([sys.executable, str(HERE / "p2.py"), *arguments, *more], check=True)
+    run_script("p2.py", *arguments, "--output", str(output), *(["--quick"] if quick else []))
 
 
 def search(output: Path, quick: bool) -> None:
@@ -41,22 +37,11 @@ def search(output: Path, quick: bool) -> None:
 
 def main() -> None:
     """Run the studies and the search, and write the page."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--output", type=Path, default=RESULTS, help="folder of the Results")
-    parser.add_argument("--page", type=Path, default=RESULTS.with_suffix(".md"))
-    parser.add_argument("--quick", action="store_true", help="a few samples, to see that it runs")
-    given = parser.parse_args()
-    if given.quick and given.output == RESULTS:
-        given.output, given.page = Path("runs/p2-quick"), Path("runs/p2-quick.md")
-    given.output.mkdir(parents=True, exist_ok=True)
-    began = time.monotonic()
-    with ThreadPoolExecutor(2) as pool:
-        for done in [pool.submit(study, each, given.output, given.quick) for each in STUDIES]:
-            done.result()
-    search(given.output, given.quick)
-    page = ["p2_page.py", str(given.output), "--page", str(given.page)]
-    subprocess.run([sys.executable, str(HERE / page[0]), *page[1:]], check=True)
-    print(f"{given.page} written after {(time.monotonic() - began) / 60:.0f} minutes")
+    run = Run.asked(__doc__, "p2", "a few samples")
+    run.output.mkdir(parents=True, exist_ok=True)
+    run.two_at_a_time(study, STUDIES)
+    search(run.output, run.quick)
+    run.write_page("p2_page.py")
 
 
 if __name__ == "__main__":

@@ -30,7 +30,6 @@ from skipwise.planners.grid import (
     allocate,
     curves,
     improve,
-    sensitivities,
     spans,
 )
 from skipwise.report.page import render
@@ -147,8 +146,10 @@ def test_a_block_that_does_nothing_is_not_missed(toy: Calibration) -> None:
         for name, parameter in block.named_parameters():
             if name.endswith(("o_proj.weight", "down_proj.weight", "attn_out.weight", "ff_out.weight")):
                 parameter.zero_()
-    found = sensitivities(Calibration(model, toy.samples), stack, (0.5, 1.0))
-    assert found.shape == (2, find_contract(model).stacks[stack].length)
+    length = find_contract(model).stacks[stack].length
+    searches = (Search(Calibration(model, toy.samples), stack, begin=a, end=b) for a, b in spans((0.5, 1.0)))
+    found = torch.tensor([list(search.test((), range(length)).values()) for search in searches])
+    assert found.shape == (2, length)
     assert (found[:, 1].abs() < 1e-6).all()
     assert (found[:, 0] > 1e-4).all()
 
@@ -407,4 +408,3 @@ def test_a_visited_part_without_forwards_skips_nothing(toy: Calibration) -> None
     first, second = curves(visited, stack, (0.5, 1.0), by_commitment)
     assert len(first.points) > 1
     assert second == Curve((Point(Cell(), 0.0),))
-    assert sensitivities(visited, stack, (0.5, 1.0))[1].isnan().all()

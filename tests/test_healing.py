@@ -245,6 +245,20 @@ def test_a_plan_travels_with_its_stand_ins(tmp_path: Path) -> None:
         pass
 
 
+def test_a_plan_under_another_name_keeps_all_else(tmp_path: Path) -> None:
+    fresh = fit_stand_ins(plan_of(ROWS["llada"](), [1]), calibration_of(ROWS["llada"]()), epochs=1)
+    for number, plan in enumerate((fresh, Plan.load(fresh.save(tmp_path / "plan.json")))):
+        other = plan.named("mine")
+        assert (other.method, plan.method) == ("mine + linear stand-ins", "by hand + linear stand-ins")
+        assert other.named(plan.made_by.method) == plan
+        Plan.load(other.save(tmp_path / "named" / f"{number}.json"))
+        content = [
+            (tmp_path / name).read_bytes()
+            for name in ("plan.stand-ins.safetensors", f"named/{number}.stand-ins.safetensors")
+        ]
+        assert content[0] == content[1]
+
+
 def test_what_cannot_leave_anything_behind() -> None:
     model = ROWS["llada"]()
     with pytest.raises(sw.UserError, match="skips no block, so there is nothing to leave behind"):
@@ -350,7 +364,7 @@ def test_a_killed_healing_goes_on(zoo_calibration: Calibration, tmp_path: Path) 
     assert resumed.adapter.sha256 == straight.adapter.sha256
     assert sorted(f.name for f in tmp_path.glob("cut*")) == ["cut.adapter", "cut.json"]
     heal(plan, zoo_calibration, tmp_path / "cut.json", settings, stop_after=3)
-    with pytest.raises(sw.UserError, match="is of a run with another plan, other texts or other settings; delete it"):
+    with pytest.raises(sw.UserError, match="is of a run that differs in settings; delete it"):
         heal(plan, zoo_calibration, tmp_path / "cut.json", HealSettings(steps=7))
 
 

@@ -2,7 +2,6 @@
 
 import json
 import math
-import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -15,10 +14,9 @@ from torch.nn import functional as F
 from transformers import LlamaConfig, LlamaForCausalLM, T5Config, T5ForConditionalGeneration
 
 import skipwise as sw
-from skipwise import cli
 from skipwise.errors import UserError
 from skipwise.evaluation import judge as judges
-from skipwise.evaluation.diversity import corpus_distinct, distinct, token_entropy
+from skipwise.evaluation.diversity import distinct, token_entropy
 from skipwise.evaluation.judge import Judge, counted
 from skipwise.evaluation.texts import documents
 from skipwise.evaluation.writing import Writing, family_of, until_end
@@ -215,8 +213,7 @@ def test_diversity_by_hand() -> None:
     assert token_entropy([1, 1, 1, 2]) == pytest.approx(-0.75 * math.log(0.75) - 0.25 * math.log(0.25))
     assert distinct([1, 2, 1, 2, 1], 2) == pytest.approx(2 / 4)
     assert distinct([1, 2, 3], 3) == 1
-    assert corpus_distinct([[1, 2, 3], [1, 2], [2, 1]], 2) == pytest.approx(3 / 4)  # no gram across two samples
-    assert token_entropy([]) == distinct([4], 2) == corpus_distinct([], 1) == 0
+    assert token_entropy([]) == distinct([4], 2) == distinct([], 1) == 0
     with pytest.raises(UserError, match="n=0"):
         distinct([1], 0)
 
@@ -382,20 +379,7 @@ def test_a_family_that_does_not_fit_the_model(writer: tuple[Any, Any], digits: s
         Writing(judge=digits).write(Denoiser(writer[0]), None)
 
 
-def skipwise(capsys: pytest.CaptureFixture[str], *arguments: object) -> tuple[int, str, str]:
-    """(exit code, stdout, stderr) of the command line."""
-    code = 0
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sys, "argv", ["skipwise", *map(str, arguments)])
-        try:
-            cli.main()
-        except SystemExit as ended:
-            code = int(ended.code or 0)
-    captured = capsys.readouterr()
-    return code, captured.out, captured.err
-
-
-def test_the_command_from_end_to_end(capsys: pytest.CaptureFixture[str], digits: str, tmp_path: Path) -> None:
+def test_the_command_from_end_to_end(skipwise: Any, digits: str, tmp_path: Path) -> None:
     model, tokenizer = sw.load("tiny-dllm")
     stack = sw.find_contract(model)
     plan = sw.Plan.static(stack.shape, {stack.main_stack: [3, 11]})
@@ -405,7 +389,7 @@ def test_the_command_from_end_to_end(capsys: pytest.CaptureFixture[str], digits:
     written = tmp_path / "result.json"
     call = ["judge", "tiny-dllm", "--judge", digits, "--samples", 4, "--length", 6, "--prefixes", prefixes]
     code, out, err = skipwise(
-        capsys, *call, "--plan", tmp_path / "plan.json", "--set", "remasking=random", "--show", 1, "-o", written
+        *call, "--plan", tmp_path / "plan.json", "--set", "remasking=random", "--show", 1, "-o", written
     )
     assert (code, err.strip()) == (0, "")
     for fact in (f"judge: {digits}", "noise_dtype: float64", "samples: 4", "sampler: random", "prefixes: 2", "seed: 0"):
@@ -443,13 +427,13 @@ def test_the_command_from_end_to_end(capsys: pytest.CaptureFixture[str], digits:
     ],
 )
 def test_mistakes_on_the_command_line(
-    capsys: pytest.CaptureFixture[str], digits: str, tmp_path: Path, options: list[str], message: str
+    skipwise: Any, digits: str, tmp_path: Path, options: list[str], message: str
 ) -> None:
     (tmp_path / "empty.txt").write_text("\n \n")
     given = [str(tmp_path / "empty.txt") if option == "EMPTY" else option for option in options]
     written = tmp_path / "result.json"
     base = ["--judge", digits] if "--judge" not in given else []
-    code, out, err = skipwise(capsys, "judge", "tiny-dllm", *base, *given, "--samples", 1, "--length", 4, "-o", written)
+    code, out, err = skipwise("judge", "tiny-dllm", *base, *given, "--samples", 1, "--length", 4, "-o", written)
     assert (code, out) == (2, "")
     assert err.startswith("error: ")
     assert message in err

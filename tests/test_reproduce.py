@@ -6,9 +6,10 @@ import sys
 from pathlib import Path
 
 import pytest
-from p1_claims import FAILS, HOLDS, claims
+from p1_claims import claims
 from p1_page import page
 from p1_results import KINDS, REAL, Study, read
+from pages import FAILS, HOLDS
 
 import skipwise as sw
 

@@ -6,9 +6,10 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from p2_claims import FAILS, HOLDS, beyond, claims
+from p2_claims import beyond, claims
 from p2_page import page
 from p2_results import TASKS, TEXT, best, read, whole
+from pages import FAILS, HOLDS
 
 import skipwise as sw
 from skipwise.evaluation import Interval

@@ -11,11 +11,17 @@ if TYPE_CHECKING:
     from skipwise.errors import UserError
     from skipwise.evaluation import Result, evaluate
     from skipwise.exporting import export
+    from skipwise.finetuning.finetune import Subject, finetune
+    from skipwise.finetuning.memory import estimate_memory
+    from skipwise.finetuning.selection import select_blocks
+    from skipwise.finetuning.settings import FinetuneSettings
+    from skipwise.finetuning.train import TrainingSettings
     from skipwise.healing import fit_stand_ins, heal
     from skipwise.loading import load, load_skeleton
     from skipwise.plan import Plan
     from skipwise.planners import make_plan
     from skipwise.planners.sandwich import schedule
+    from skipwise.planners.vital import vital_plan
     from skipwise.report import write_report
     from skipwise.sampling import generate
     from skipwise.sampling.pipelines import follow
@@ -29,17 +35,22 @@ _HOMES = {
     "Analysis": "analysis",
     "Calibration": "calibration",
     "Comparison": "analysis",
+    "FinetuneSettings": "finetuning.settings",
     "Importance": "scheduling.importance",
     "Plan": "plan",
     "Result": "evaluation",
+    "Subject": "finetuning.finetune",
+    "TrainingSettings": "finetuning.train",
     "UserError": "errors",
     "analyze": "analysis",
     "compare": "analysis",
     "estimate": "cost",
+    "estimate_memory": "finetuning.memory",
     "evaluate": "evaluation",
     "export": "exporting",
     "find_contract": "blocks",
     "find_front": "scheduling.front",
+    "finetune": "finetuning.finetune",
     "fit_stand_ins": "healing",
     "follow": "sampling.pipelines",
     "generate": "sampling",
@@ -51,7 +62,9 @@ _HOMES = {
     "pick": "scheduling.front",
     "schedule": "planners.sandwich",
     "search_schedules": "scheduling.search",
+    "select_blocks": "finetuning.selection",
     "skip": "skipping",
+    "vital_plan": "planners.vital",
     "write_report": "report",
 }
 
@@ -59,17 +72,22 @@ __all__ = [
     "Analysis",
     "Calibration",
     "Comparison",
+    "FinetuneSettings",
     "Importance",
     "Plan",
     "Result",
+    "Subject",
+    "TrainingSettings",
     "UserError",
     "analyze",
     "compare",
     "estimate",
+    "estimate_memory",
     "evaluate",
     "export",
     "find_contract",
     "find_front",
+    "finetune",
     "fit_stand_ins",
     "follow",
     "generate",
@@ -81,7 +99,9 @@ __all__ = [
     "pick",
     "schedule",
     "search_schedules",
+    "select_blocks",
     "skip",
+    "vital_plan",
     "write_report",
 ]
 __version__ = "0.1.0"

@@ -28,6 +28,7 @@ class Sample:
     prompt: int
 
 
+Item = TypeVar("Item")
 AnySample = TypeVar("AnySample", bound=Sample)
 
 
@@ -60,6 +61,11 @@ def equal_shapes(samples: Sequence[AnySample]) -> list[list[AnySample]]:
     for sample in samples:
         groups[len(sample.ids), sample.prompt].append(sample)
     return list(groups.values())
+
+
+def batched(group: Sequence[Item], size: int) -> list[Sequence[Item]]:
+    """The group in order, in pieces of `size`; the last may be smaller."""
+    return [group[start : start + size] for start in range(0, len(group), size)]
 
 
 @dataclass(frozen=True)
@@ -127,7 +133,7 @@ class Calibration:
         """All samples once, of a diffusion model at progress `begin` to `end` of the trajectory."""
         generator = torch.Generator().manual_seed(self.seed * 1_000_003 + epoch)
         device = next(self.model.parameters()).device
-        for group in self._groups():
+        for group in self._groups(self.samples):
             ids = torch.tensor([sample.ids for sample in group])
             if kind_of(self.model) == "autoregressive":
                 batch = _causal(ids, group[0].prompt)
@@ -148,8 +154,9 @@ class Calibration:
         """The part of a trajectory's forwards that is made at progress `begin` to `end`."""
         return end - begin
 
-    def _groups(self) -> Iterator[Sequence[Sample]]:
-        return _batched(equal_shapes(self.samples), self.batch_size)
+    def _groups(self, samples: Sequence[AnySample]) -> Iterator[Sequence[AnySample]]:
+        for group in equal_shapes(samples):
+            yield from batched(group, self.batch_size)
 
 
 @dataclass(frozen=True)
@@ -172,7 +179,7 @@ class Visited(Calibration):
     def batches(self, begin: float = 0.0, end: float = 1.0, epoch: int = 0) -> Iterator[Batch]:
         """The moments at progress `begin` to `end`; what is masked in them is predicted."""
         mask, device = mask_token(self.model), next(self.model.parameters()).device
-        for group in _batched(equal_shapes(self._between(begin, end)), self.batch_size):
+        for group in self._groups(self._between(begin, end)):
             inputs = torch.tensor([moment.ids for moment in group], device=device)
             yield Batch(inputs, inputs == mask)
 
@@ -182,12 +189,6 @@ class Visited(Calibration):
 
     def _between(self, begin: float, end: float) -> list[Moment]:
         return [m for m in self.samples if begin <= m.progress and (m.progress < end or end == 1.0)]
-
-
-def _batched(groups: Sequence[Sequence[AnySample]], size: int) -> Iterator[Sequence[AnySample]]:
-    for group in groups:
-        for start in range(0, len(group), size):
-            yield group[start : start + size]
 
 
 def _causal(ids: Tensor, prompt: int) -> Batch:

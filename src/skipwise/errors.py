@@ -2,12 +2,24 @@
 
 import difflib
 import importlib
-from collections.abc import Iterable
+import sys
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from types import ModuleType
 
 
 class UserError(ValueError):
     """A mistake in what was asked for. The command line prints it as one line and exits with code 2."""
+
+
+@contextmanager
+def as_one_line() -> Iterator[None]:
+    """Of a command: a user's mistake is one line on stderr and exit code 2."""
+    try:
+        yield
+    except UserError as error:
+        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+        sys.exit(2)
 
 
 def unknown(kind: str, value: object, legal: Iterable[str]) -> UserError:

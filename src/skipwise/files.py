@@ -1,12 +1,17 @@
 """Files are written whole or not at all."""
 
 import io
+import json
 import os
 import tempfile
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
+
+from pydantic import BaseModel, ValidationError
 
 from skipwise.errors import UserError
+
+Model = TypeVar("Model", bound=BaseModel)
 
 
 def write_atomically(path: str | Path, content: str) -> Path:
@@ -31,6 +36,20 @@ def write_bytes_atomically(path: str | Path, content: bytes) -> Path:
     except OSError as error:
         raise UserError(f"Cannot write {path}: {error.strerror or error}. Choose a folder you can write to.") from error
     return path
+
+
+def read_model(kind: type[Model], path: str | Path, form: str, command: str) -> Model:
+    """Read a file of the format `form` that holds one object as JSON. Raises UserError, in one line, for anything else.
+
+    command: what makes such a file, for the message.
+    """
+    try:
+        return kind.model_validate(json.loads(Path(path).read_text(encoding="utf-8")))
+    except (OSError, ValueError) as error:
+        problem = error.errors()[0] if isinstance(error, ValidationError) else None
+        where = ".".join(map(str, problem["loc"])) if problem else ""
+        reason = f"{where}: {problem['msg']}".removeprefix(": ") if problem else str(error).splitlines()[0]
+        raise UserError(f"{path} is not a readable {form} file: {reason}. Make one with `{command}`.") from error
 
 
 def write_state(path: str | Path, state: dict[str, Any]) -> Path:

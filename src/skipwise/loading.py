@@ -190,7 +190,7 @@ def _load_folder(source: Source, dtype: str | None) -> Any:
     if "_class_name" in config:
         chosen = {"torch_dtype": DTYPES[dtype]} if dtype else {}
         return model_class.from_pretrained(source.folder, use_safetensors=True, **chosen)
-    with _quiet():
+    with quiet():
         model, report = model_class.from_pretrained(
             source.folder,
             dtype=DTYPES[dtype] if dtype else "auto",
@@ -256,7 +256,7 @@ def _check_keys(source: Source, report: dict[str, Any], strict: bool) -> None:
 
 
 @contextmanager
-def _quiet() -> Iterator[None]:
+def quiet() -> Iterator[None]:
     """Without transformers' report on keys, which ends in our own error when there is something to say."""
     level, bars = transformers_logging.get_verbosity(), transformers_logging.is_progress_bar_enabled()
     transformers_logging.set_verbosity_error()
@@ -271,7 +271,7 @@ def _quiet() -> Iterator[None]:
 
 def _load_gguf(source: Source, dtype: str | None) -> Any:
     chosen = DTYPES[dtype] if dtype else torch.float32
-    with _quiet():
+    with quiet():
         model = transformers.AutoModelForCausalLM.from_pretrained(source.folder, gguf_file=source.gguf, dtype=chosen)
     model.name_or_path = source.name
     return model
@@ -283,7 +283,7 @@ def _load_tokenizer(source: Source) -> Any:
     names = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json")
     if not any((source.folder / name).exists() for name in names):
         return None
-    with _quiet():
+    with quiet():
         return transformers.AutoTokenizer.from_pretrained(source.folder, trust_remote_code=False, padding_side="left")
 
 

@@ -140,6 +140,10 @@ class Plan(_Frozen):
         """The number of `phase_at(progress)`, from 0."""
         return next((i for i, phase in enumerate(self.phases) if progress < phase.until), len(self.phases) - 1)
 
+    def named(self, method: str) -> "Plan":
+        """This plan under another name of how it was made; everything else stays, what lies beside it too."""
+        return self.model_copy(update={"made_by": self.made_by.model_copy(update={"method": method})})
+
     def with_stand_ins(self, kind: Literal["constant", "linear"], tensors: Mapping[str, Tensor]) -> "Plan":
         """This plan, whose skipped blocks leave something behind; tensors by `skipwise.stand_ins.key`."""
         content = tensor_bytes({name: tensor.contiguous() for name, tensor in tensors.items()})

@@ -222,22 +222,37 @@ def cutting(model: nn.Module, contract: Contract, cut: Cut) -> Iterator[None]:
         undo()
 
 
+@contextmanager
+def placing(model: nn.Module, modules: Mapping[str, Mapping[int, nn.Module]]) -> Iterator[None]:
+    """The model with modules in the places of some blocks: stack name -> block number -> module.
+
+    No block moves, so that the names of the others' parameters are what they were.
+    """
+    undo: list[Undo] = []
+    try:
+        for path, by_number in modules.items():
+            _put(model, path, by_number, undo)
+        yield
+    finally:
+        _put_back(undo)
+
+
 def apply(model: nn.Module, contract: Contract, cut: Cut) -> Undo:
     """Cut blocks out of the model and return the function that puts everything back."""
     undo: list[Undo] = []
-
-    def put_back() -> None:
-        while undo:
-            undo.pop()()
-
     try:
         for name, numbers in cut.skipped.items():
             if numbers:
                 _cut(model, contract.stacks[name], numbers, cut.stand_ins.get(name, {}), undo)
     except BaseException:
-        put_back()
+        _put_back(undo)
         raise
-    return put_back
+    return lambda: _put_back(undo)
+
+
+def _put_back(undo: list[Undo]) -> None:
+    while undo:
+        undo.pop()()
 
 
 def _cut(
@@ -274,9 +289,16 @@ def _lists(model: nn.Module, stack: Stack) -> Iterator[tuple[str, nn.Module, str
 
 
 def _pass_through(model: nn.Module, stack: Stack, numbers: frozenset[int], undo: list[Undo]) -> None:
-    for _, owner, attribute, blocks in _lists(model, stack):
-        replaced = [PassThrough(block, stack) if i in numbers else block for i, block in enumerate(blocks)]
-        _set(owner, attribute, nn.ModuleList(replaced), undo)
+    for path in (stack.name, *stack.coupled):
+        blocks = module_list(model, path)
+        _put(model, path, {number: PassThrough(blocks[number], stack) for number in numbers}, undo)
+
+
+def _put(model: nn.Module, path: str, modules: Mapping[int, nn.Module], undo: list[Undo]) -> None:
+    """Put modules in the places of blocks of the list at `path`; the other blocks keep their numbers."""
+    owner, _, attribute = path.rpartition(".")
+    blocks = module_list(model, path)
+    _set(model.get_submodule(owner), attribute, nn.ModuleList(modules.get(i, b) for i, b in enumerate(blocks)), undo)
 
 
 def _remove(

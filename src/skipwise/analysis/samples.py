@@ -9,7 +9,7 @@ from torch import Tensor
 
 from skipwise.analysis.cka import texts_a_group
 from skipwise.calibration import Sample as PlainSample
-from skipwise.calibration import Text, equal_shapes
+from skipwise.calibration import Text, batched, equal_shapes
 from skipwise.calibration import tokenize as plain_samples
 
 PROBES = 16  # texts that the costly parts, lens and attention, look at
@@ -62,7 +62,7 @@ def batches(samples: Sequence[Sample], batch_size: int) -> list[Batch]:
     for group in equal_shapes(samples):
         texts = texts_a_group(len(group[0].ids))
         size = -(-batch_size // texts) * texts
-        found += [Batch(tuple(group[start : start + size])) for start in range(0, len(group), size)]
+        found += [Batch(tuple(some)) for some in batched(group, size)]
     return found
 
 

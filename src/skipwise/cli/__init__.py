@@ -1,10 +1,11 @@
 """The command line: one small file a subcommand, each a thin call of one public function."""
 
 import os
-import sys
 
 # Before torch is loaded: threads that wait by spinning make a small model 40 times slower on a machine that is shared.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+# Before diffusers is: what it warns of (casts on the meta device, adapters without text encoders) is meant.
+os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")
 
 import typer
 
@@ -13,6 +14,7 @@ from skipwise.cli import (
     demo,
     evaluate,
     export,
+    finetune,
     generate,
     heal,
     inspect,
@@ -23,7 +25,7 @@ from skipwise.cli import (
     schedule,
     zoo,
 )
-from skipwise.errors import UserError
+from skipwise.errors import as_one_line
 
 app = typer.Typer(
     help="Find the computation that a diffusion transformer does not need, skip it, and know what it cost.",
@@ -35,6 +37,7 @@ app.command("inspect")(inspect.command)
 app.command("analyze")(analyze.command)
 app.command("plan")(plan.command)
 app.command("heal")(heal.command)
+app.command("finetune")(finetune.command)
 app.command("generate")(generate.command)
 app.command("eval")(evaluate.command)
 app.command("judge")(judge.command)
@@ -48,8 +51,5 @@ app.add_typer(zoo.app, name="zoo")
 
 def main() -> None:
     """Run the command line; a user's mistake is one line on stderr and exit code 2."""
-    try:
+    with as_one_line():
         app()
-    except UserError as error:
-        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
-        sys.exit(2)

@@ -31,17 +31,17 @@ Device = Annotated[str | None, typer.Option(help="Such as cpu or cuda.")]
 
 
 @contextmanager
-def progress_bar() -> Iterator[Callable[[str, int, int], None]]:
-    """A function (what, done, total) that draws one bar for each thing that is going on."""
+def progress_bar() -> Iterator[Callable[..., None]]:
+    """A function (what, done, total, detail="") that draws one bar for each thing that is going on."""
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     bars = Progress(*columns, console=Console(stderr=True), transient=True)
     tasks: dict[str, Any] = {}
 
-    def tell(what: str, done: int, total: int) -> None:
+    def tell(what: str, done: int, total: int, detail: str = "") -> None:
         bars.start()  # not before there is something to show: an error that comes first is one line
         if what not in tasks:
             tasks[what] = bars.add_task(what, total=total)
-        bars.update(tasks[what], completed=done, total=total)
+        bars.update(tasks[what], description=f"{what} {detail}".rstrip(), completed=done, total=total)
 
     try:
         yield tell

@@ -1,7 +1,7 @@
 """`skipwise inspect`: stacks, blocks, parameters, FLOPs, and what can be planned."""
 
 from collections.abc import Callable
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 from rich import box
@@ -9,8 +9,9 @@ from rich.table import Table
 from torch import nn
 
 from skipwise.blocks import Stack, find_contract, module_list
-from skipwise.cli.common import ModelName, console
+from skipwise.cli.common import ModelName, console, settings_from
 from skipwise.cost import Cost, Price, Prices, estimate, price_blocks
+from skipwise.errors import UserError
 from skipwise.examples import Size
 from skipwise.loading import load_skeleton
 from skipwise.plan import Plan
@@ -27,11 +28,28 @@ def command(
         str, typer.Option(help="What the weights would be held in: float32, bfloat16 or float16.")
     ] = "bfloat16",
     skip: Annotated[int | None, typer.Option(help="Also price skipping this many blocks.", min=0)] = None,
+    finetune: Annotated[
+        bool, typer.Option("--finetune", help="Estimate the memory of fine-tuning an image model instead.")
+    ] = False,
+    memory: Annotated[str | None, typer.Option(help="With --finetune: find settings that fit, such as 8GiB.")] = None,
+    blocks: Annotated[
+        str, typer.Option(help="With --finetune: blocks to train: all, a number, 50% of their bytes, or 8GiB.")
+    ] = "all",
+    settings: Annotated[
+        list[str] | None,
+        typer.Option("--set", help="With --finetune: name=value, such as patch=256, checkpointing=true, late=none."),
+    ] = None,
 ) -> None:
     """Print a model's stacks of blocks, their parameters and FLOPs, and what can be planned. No weights are needed.
 
-    Examples: skipwise inspect llada-8b --skip 6    |    skipwise inspect flux.1-dev --image 64
+    Examples: skipwise inspect llada-8b --skip 6    |    skipwise inspect flux.1-dev --image 64    |
+    skipwise inspect flux.1-dev --finetune --memory 12GiB    |
+    skipwise inspect flux.1-dev --finetune --blocks 28 --set patch=256
     """
+    if finetune:
+        return _print_finetuning(model, memory, blocks, settings_from(settings or []))
+    if memory or settings or blocks != "all":
+        raise UserError("--memory, --blocks and --set are for the estimate of a fine-tuning; add --finetune.")
     skeleton = load_skeleton(model, dtype=dtype)
     contract = find_contract(skeleton)
     prices = price_blocks(skeleton, Size(tokens=tokens, image=image, text=text))
@@ -50,6 +68,28 @@ def command(
     if skip is not None:
         plan = Plan.static(contract.shape, {contract.main_stack: range(skip)})
         _print_saving(plan, estimate(skeleton, plan, prices.size), contract.main_stack, at, dtype)
+
+
+def _print_finetuning(model: str, memory: str | None, blocks: str, changes: dict[str, Any]) -> None:
+    from skipwise.finetuning.fitting import cheapest, choose_blocks
+    from skipwise.finetuning.memory import Estimator
+    from skipwise.finetuning.settings import FinetuneSettings
+    from skipwise.report.memory import memory_notes, memory_table
+
+    chosen = FinetuneSettings().but(**changes)
+    if memory and blocks != "all":
+        raise UserError("Give either --blocks or --memory, which chooses the blocks itself.")
+    estimator = Estimator(model)
+    if memory:
+        fit = cheapest(estimator, memory, chosen)
+        estimate, words = fit.estimate, [fit.sentence()]
+    else:
+        place: Any = "end" if chosen.late == "none" else "middle"
+        estimate = estimator.estimate(chosen, choose_blocks(estimator.block_bytes(chosen.dtype), blocks, place))
+        words = []
+    console.print(memory_table(estimate))
+    for line in (*memory_notes(estimate), *words):
+        console.print(line, highlight=False)
 
 
 def _parameters(model: nn.Module, name: str) -> list[int]:

@@ -20,12 +20,7 @@ def token_entropy(ids: Sequence[int]) -> float:
 
 def distinct(ids: Sequence[int], n: int = 2) -> float:
     """Share of distinct n-grams within one sample (Li et al., arXiv 1510.03055); 0 where it has no n-gram."""
-    return corpus_distinct([ids], n)
-
-
-def corpus_distinct(samples: Sequence[Sequence[int]], n: int = 2) -> float:
-    """Share of distinct n-grams over all samples together, none across two samples; falls with their number."""
     if n < 1:
         raise UserError(f"n={n}; an n-gram has at least one token.")
-    grams = [tuple(ids[i : i + n]) for ids in samples for i in range(len(ids) - n + 1)]
+    grams = [tuple(ids[i : i + n]) for i in range(len(ids) - n + 1)]
     return len(set(grams)) / len(grams) if grams else 0.0

@@ -1,13 +1,11 @@
 """Result: one evaluation of a model under a list of plans, as one JSON object. Reports are made from these alone."""
 
-import json
 from pathlib import Path
 from typing import Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, model_validator
 
-from skipwise.errors import UserError
-from skipwise.files import write_atomically
+from skipwise.files import read_model, write_atomically
 from skipwise.plan import Plan
 
 FORMAT = "skipwise-result/1"
@@ -95,15 +93,8 @@ class Result(_Frozen):
     @classmethod
     def load(cls, path: str | Path) -> "Result":
         """Read a result, whose plans find their companions in `plans` beside it. Raises UserError for anything else."""
-        try:
-            result = cls.model_validate(json.loads(Path(path).read_text(encoding="utf-8")))
-            for row in result.rows:
-                if row.plan is not None:
-                    row.plan._folder = Path(path).parent / "plans"
-            return result
-        except (OSError, ValueError, ValidationError) as error:
-            problems = error.errors() if isinstance(error, ValidationError) else []
-            reason = problems[0]["msg"] if problems else str(error).splitlines()[0]
-            raise UserError(
-                f"{path} is not a readable {FORMAT} file: {reason}. Make one with `skipwise eval`."
-            ) from error
+        result = read_model(cls, path, FORMAT, "skipwise eval")
+        for row in result.rows:
+            if row.plan is not None:
+                row.plan._folder = Path(path).parent / "plans"
+        return result

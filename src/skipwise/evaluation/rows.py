@@ -46,15 +46,15 @@ def judged(plan: Plan | None, run: Run, whole: Run, seed: int, method: str | Non
         plan=plan,
         method=method or (plan.method if plan else "whole model"),
         k=_blocks_skipped(plan),
-        saved_block_flops=_saved(run.block_flops, whole.block_flops),
-        saved_all_in_flops=_saved(run.all_in_flops, whole.all_in_flops),
+        saved_block_flops=saved_fraction(run.block_flops, whole.block_flops),
+        saved_all_in_flops=saved_fraction(run.all_in_flops, whole.all_in_flops),
         seconds=round(run.seconds, 3),
         scores=scores,
         mean_retention=_mean(scores, draws),
     )
 
 
-def _saved(flops: float, whole: float) -> float:
+def saved_fraction(flops: float, whole: float) -> float:
     """The fraction of the whole model's FLOPs that was saved; 0 where nothing was run."""
     return 1 - flops / whole if whole else 0.0
 

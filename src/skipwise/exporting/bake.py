@@ -19,7 +19,7 @@ from skipwise.cost import estimate
 from skipwise.errors import UserError
 from skipwise.exporting.card import PLAN_FILE, Export, write_card
 from skipwise.exporting.checkpoint import Checkpoint, Move, Transform, read_checkpoint, rewrite
-from skipwise.exporting.config import Build, Config, cut_config, cuts_of, resolved_config
+from skipwise.exporting.config import Build, Config, cut_config, kept_of, resolved_config
 from skipwise.exporting.folder import check_absent, copy_files, whole_or_absent
 from skipwise.exporting.keys import plan_moves
 from skipwise.files import write_atomically
@@ -50,7 +50,7 @@ def export(plan: Plan, source: str | Path, target: str | Path, example: Mapping[
         _check_weights(found)
         checkpoint = read_checkpoint(found.folder, found.name)
         mapping = NATIVE[config["model_type"]][2] if config.get("model_type") in NATIVE else None
-        moves = plan_moves(checkpoint, skeleton, twin, cuts_of(plan), mapping)
+        moves = plan_moves(checkpoint, skeleton, twin, kept_of(plan), mapping)
     before, after = _sizes(checkpoint, moves)
     saved = estimate(skeleton, plan, example=example).saved_block_flops
     card = write_card(Export(plan, found, smaller, saved, before, after), target.name)
@@ -89,10 +89,10 @@ def _check_exportable(plan: Plan) -> None:
         raise UserError(
             "This plan skips no block: the export would be the source itself. Make one with `skipwise plan`."
         )
-    for cut in cuts_of(plan):
-        if not cut.kept:
+    for kept in kept_of(plan):
+        if not kept.blocks:
             raise UserError(
-                f"This plan skips all {cut.length} blocks of {cut.stack}; at least one must be left to export."
+                f"This plan skips all {kept.length} blocks of {kept.stack}; at least one must be left to export."
             )
 
 
@@ -113,12 +113,12 @@ def _check_source(config: Config, model: nn.Module, contract: Contract, plan: Pl
     """Raise UserError for a model whose blocks cannot be left out of a file."""
     if "quantization_config" in config:
         raise UserError("The source is quantised; export the original checkpoint, then quantise the export.")
-    for cut in cuts_of(plan):
-        stack = contract.stacks[cut.stack]
+    for kept in kept_of(plan):
+        stack = contract.stacks[kept.stack]
         if stack.in_place or stack.coupled:
             why = f"share their weights with {', '.join(stack.coupled)}" if stack.coupled else "depend on their number"
             raise UserError(
-                f"{contract.architecture} cannot be exported: the blocks of {cut.stack} {why}, so that a checkpoint "
+                f"{contract.architecture} cannot be exported: the blocks of {kept.stack} {why}, so that a checkpoint "
                 "without some of them is another model; use the plan with `skip` instead."
             )
     sharing = _shared_between_blocks(model, plan) or _shares_caches(resolved_config(model))
@@ -128,7 +128,7 @@ def _check_source(config: Config, model: nn.Module, contract: Contract, plan: Pl
 
 def _shared_between_blocks(model: nn.Module, plan: Plan) -> str | None:
     """A parameter of a planned block that something outside of it holds too, and would lose."""
-    stacks = [re.escape(cut.stack) for cut in cuts_of(plan)]
+    stacks = [re.escape(kept.stack) for kept in kept_of(plan)]
     block = re.compile(rf"(?:{'|'.join(stacks)})\.\d+\.")
     holders: dict[int, tuple[str, str]] = {}  # id of a parameter -> its first name and the block that this is in
     for name, parameter in model.named_parameters(remove_duplicate=False):

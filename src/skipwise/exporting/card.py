@@ -8,7 +8,7 @@ from typing import Any
 from huggingface_hub import ModelCardData, metadata_load
 from yaml import YAMLError
 
-from skipwise.exporting.config import Config, cuts_of
+from skipwise.exporting.config import Config, kept_of
 from skipwise.loading import NATIVE, Source
 from skipwise.plan import Plan
 
@@ -114,17 +114,17 @@ def _pipeline(source: Source) -> str | None:
 
 def _what_is_skipped(plan: Plan) -> str:
     parts = []
-    for cut in cuts_of(plan):
-        skipped = cut.length - len(cut.kept)
-        parts.append(f"{skipped} of the {cut.length} blocks of `{cut.stack}`")
+    for kept in kept_of(plan):
+        skipped = kept.length - len(kept.blocks)
+        parts.append(f"{skipped} of the {kept.length} blocks of `{kept.stack}`")
     return " and ".join(parts)
 
 
 def _table(plan: Plan) -> str:
     rows = ["| blocks | in the source | left out | here |", "|---|---|---|---|"]
-    for cut in cuts_of(plan):
-        skipped = ", ".join(str(i) for i in range(cut.length) if i not in cut.kept)
-        rows.append(f"| `{cut.stack}` | {cut.length} | {skipped} | {len(cut.kept)} |")
+    for kept in kept_of(plan):
+        skipped = ", ".join(str(i) for i in range(kept.length) if i not in kept.blocks)
+        rows.append(f"| `{kept.stack}` | {kept.length} | {skipped} | {len(kept.blocks)} |")
     return "\n".join(rows)
 
 

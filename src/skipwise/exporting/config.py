@@ -30,26 +30,26 @@ NEVER_READ = {("ZImageTransformerBlock", "layer_id")}
 
 
 @dataclass(frozen=True)
-class Cut:
+class Kept:
     """The blocks of one stack that are kept, by their old numbers."""
 
     stack: str
     length: int
-    kept: tuple[int, ...]
+    blocks: tuple[int, ...]
 
     def of(self, key: str, value: Any) -> Any:
         """What a setting of the config is after the cut: unchanged unless it is about single blocks."""
         if key in FIRST_BLOCKS and isinstance(value, int):
-            return sum(number < value for number in self.kept)
+            return sum(number < value for number in self.blocks)
         if "layer" not in key:
             return value
-        new = {old: number for number, old in enumerate(self.kept)}
+        new = {old: number for number, old in enumerate(self.blocks)}
         if isinstance(value, dict) and value and all(str(number).isdigit() for number in value):
             return {str(new[int(old)]): entry for old, entry in value.items() if int(old) in new}
         if isinstance(value, list | tuple) and self._names_blocks(value):
             return [new[old] for old in value if old in new]
         if isinstance(value, list | tuple) and len(value) == self.length:
-            return [value[old] for old in self.kept]
+            return [value[old] for old in self.blocks]
         return value
 
     def _names_blocks(self, values: list[Any] | tuple[Any, ...]) -> bool:
@@ -59,12 +59,12 @@ class Cut:
         return len(set(values)) == len(values) and (len(values) < self.length or list(values) == sorted(values))
 
 
-def cuts_of(plan: Plan) -> list[Cut]:
+def kept_of(plan: Plan) -> list[Kept]:
     """What a static plan keeps of each stack that it takes blocks from."""
     skipped = {stack: numbers for stack, numbers in plan.phases[0].skip.items() if numbers}
     lengths = plan.model.stacks
     return [
-        Cut(stack, lengths[stack], tuple(i for i in range(lengths[stack]) if i not in numbers))
+        Kept(stack, lengths[stack], tuple(i for i in range(lengths[stack]) if i not in numbers))
         for stack, numbers in skipped.items()
     ]
 
@@ -84,8 +84,8 @@ def cut_config(config: Config, model: nn.Module, plan: Plan, build: Build) -> tu
 
 
 def _cut(config: Config, defaults: Config, model: nn.Module, plan: Plan, build: Build) -> tuple[Config, nn.Module]:
-    for cut in cuts_of(plan):
-        config = _shorten(config, defaults, model, cut, plan, build)
+    for kept in kept_of(plan):
+        config = _shorten(config, defaults, model, kept, plan, build)
     twin = build(config)
     _check_twin(model, twin, plan)
     return config, twin
@@ -97,23 +97,23 @@ def resolved_config(model: nn.Module) -> Config:
     return config.to_dict() if hasattr(config, "to_dict") else dict(config)
 
 
-def _shorten(config: Config, defaults: Config, model: nn.Module, cut: Cut, plan: Plan, build: Build) -> Config:
+def _shorten(config: Config, defaults: Config, model: nn.Module, kept: Kept, plan: Plan, build: Build) -> Config:
     """The config with one stack cut: by the first number that makes this stack shorter and no other too short."""
     before, final = _lengths(build(config), plan), dict(plan.model.stacks)
-    final |= {each.stack: len(each.kept) for each in cuts_of(plan)}
-    if before[cut.stack] == final[cut.stack]:  # shortened with another one: a number may set the length of two
+    final |= {each.stack: len(each.blocks) for each in kept_of(plan)}
+    if before[kept.stack] == final[kept.stack]:  # shortened with another one: a number may set the length of two
         return config
-    for path, key in dict.fromkeys([*_depths(config, cut.length), *_depths(resolved_config(model), cut.length)]):
-        candidate = _lowered(config, defaults, cut, path, key)
+    for path, key in dict.fromkeys([*_depths(config, kept.length), *_depths(resolved_config(model), kept.length)]):
+        candidate = _lowered(config, defaults, kept, path, key)
         try:
             found = _lengths(build(candidate), plan)
         except Exception:  # configs check themselves, each in its own way: this number is another one
             continue
-        if found[cut.stack] == final[cut.stack] and all(found[name] in (before[name], final[name]) for name in found):
-            return _without_old_depth(candidate, cut, path)
+        if found[kept.stack] == final[kept.stack] and all(found[name] in (before[name], final[name]) for name in found):
+            return _without_old_depth(candidate, kept, path)
     raise UserError(
-        f"{plan.model.architecture} cannot be exported: no number in its config.json sets the length of {cut.stack} "
-        f"to {len(cut.kept)} and no other; use the plan with `skip` instead."
+        f"{plan.model.architecture} cannot be exported: no number in its config.json sets the length of {kept.stack} "
+        f"to {len(kept.blocks)} and no other; use the plan with `skip` instead."
     )
 
 
@@ -130,22 +130,22 @@ def _depths(config: Mapping[str, Any], length: int, path: tuple[str, ...] = ()) 
             yield path, key
 
 
-def _lowered(config: Config, defaults: Config, cut: Cut, path: tuple[str, ...], key: str) -> Config:
+def _lowered(config: Config, defaults: Config, kept: Kept, path: tuple[str, ...], key: str) -> Config:
     """The config with this number lowered, and with all in its section that is about single blocks cut."""
     candidate = copy.deepcopy(config)
     section = _section(candidate, path)
     made = {name: value for name, value in _section(defaults, path).items() if isinstance(value, list | tuple)}
     made = {name: value for name, value in made.items() if "layer" in name and not name.startswith("_")}
-    section |= {name: cut.of(name, value) for name, value in (made | section).items()}
-    section[key] = len(cut.kept)
+    section |= {name: kept.of(name, value) for name, value in (made | section).items()}
+    section[key] = len(kept.blocks)
     return candidate
 
 
-def _without_old_depth(config: Config, cut: Cut, path: tuple[str, ...]) -> Config:
+def _without_old_depth(config: Config, kept: Kept, path: tuple[str, ...]) -> Config:
     """The config with the stack's length right under every name; diffusers' names are those of different stacks."""
     section = _section(config, path)
     if "_class_name" not in config:
-        section |= {name: len(cut.kept) for name in DEPTHS if section.get(name) == cut.length}
+        section |= {name: len(kept.blocks) for name in DEPTHS if section.get(name) == kept.length}
     return config
 
 
@@ -178,11 +178,11 @@ def _difference(wanted: Mapping[str, Any], found: Mapping[str, Any]) -> str:
 def _facts(model: nn.Module, plan: Plan) -> dict[str, dict[str, Any]]:
     """All that a config decides about a model: class, settings and shapes of every module, per-layer lists."""
     facts = {name or "model": _facts_of(module) for name, module in model.named_modules()}
-    for cut in cuts_of(plan):
-        for number, config in enumerate(layer_configs(model, cut.stack)):
-            lists = {key: list(getattr(config, key)) for key in layer_list_names(config, len(cut.kept))}
+    for kept in kept_of(plan):
+        for number, config in enumerate(layer_configs(model, kept.stack)):
+            lists = {key: list(getattr(config, key)) for key in layer_list_names(config, len(kept.blocks))}
             overrides = getattr(config, "_heterogeneity_spec", None)
-            facts[f"config {number} of {cut.stack}"] = lists | {"per-layer overrides": overrides}
+            facts[f"config {number} of {kept.stack}"] = lists | {"per-layer overrides": overrides}
     return facts
 
 

@@ -15,7 +15,7 @@ from transformers.core_model_loading import WeightConverter, WeightRenaming, ren
 
 from skipwise.errors import UserError
 from skipwise.exporting.checkpoint import Checkpoint, Move
-from skipwise.exporting.config import Cut
+from skipwise.exporting.config import Kept
 
 
 @dataclass(frozen=True)
@@ -48,7 +48,7 @@ def key_reader(model: nn.Module, mapping: Mapping[str, str] | None) -> Reader:
 
 
 def plan_moves(
-    checkpoint: Checkpoint, model: nn.Module, twin: nn.Module, cuts: Sequence[Cut], mapping: Mapping[str, str] | None
+    checkpoint: Checkpoint, model: nn.Module, twin: nn.Module, kept: Sequence[Kept], mapping: Mapping[str, str] | None
 ) -> dict[str, Move]:
     """Old key -> move for every tensor that is kept.
 
@@ -62,27 +62,27 @@ def plan_moves(
         loaded = read(key)
         if loaded.name not in names:
             continue
-        name = _renumber(loaded.name, cuts)
+        name = _renumber(loaded.name, kept)
         if name is None:
             continue
-        moves[key] = Move(_new_key(key, name, loaded.name, cuts, read_twin), loaded.name)
+        moves[key] = Move(_new_key(key, name, loaded.name, kept, read_twin), loaded.name)
         if name not in twin_names or not (loaded.converted or entry.shape == tuple(twin_names[name].shape)):
             raise UserError(f"{key} of the checkpoint does not fit its config.json; is that of another model?")
     _check_complete(twin, [read_twin(move.key) for move in moves.values()])
     return moves
 
 
-def _renumber(name: str, cuts: Iterable[Cut]) -> str | None:
+def _renumber(name: str, kept: Iterable[Kept]) -> str | None:
     """A module's name in the smaller model; None for a part of a skipped block."""
-    for cut in cuts:
-        found = re.match(rf"{re.escape(cut.stack)}\.(\d+)(\..*)", name)
+    for one in kept:
+        found = re.match(rf"{re.escape(one.stack)}\.(\d+)(\..*)", name)
         if found:
             old = int(found[1])
-            return f"{cut.stack}.{cut.kept.index(old)}{found[2]}" if old in cut.kept else None
+            return f"{one.stack}.{one.blocks.index(old)}{found[2]}" if old in one.blocks else None
     return name
 
 
-def _new_key(key: str, name: str, old_name: str, cuts: Sequence[Cut], read_twin: Reader) -> str:
+def _new_key(key: str, name: str, old_name: str, kept: Sequence[Kept], read_twin: Reader) -> str:
     """The key that loads as `name`: with the block's number changed, wherever in the key that is."""
     if name == old_name:
         return key

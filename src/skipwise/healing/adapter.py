@@ -17,8 +17,8 @@ from torch import nn
 
 from skipwise.blocks import find_contract, module_list
 from skipwise.calibration import Batch, Calibration, divergence
+from skipwise.checkpoints import Checkpoint
 from skipwise.errors import UserError, require
-from skipwise.files import write_state
 from skipwise.plan import Plan
 from skipwise.skipping import Skipping, skip, whole
 
@@ -81,16 +81,17 @@ def heal(
 
 class _Trainer:
     def __init__(self, plan: Plan, calibration: Calibration, settings: HealSettings, checkpoint: Path):
-        self.plan, self.calibration, self.settings, self.checkpoint = plan, calibration, settings, checkpoint
+        self.plan, self.calibration, self.settings = plan, calibration, settings
         self.model = calibration.model
         self.trainable = {name: p.requires_grad for name, p in self.model.named_parameters()}
         self.peft = _with_lora(self.model, plan, settings)
         self.parameters = [p for p in self.model.parameters() if p.requires_grad]
         self.optimizer = torch.optim.AdamW(self.parameters, lr=settings.learning_rate, weight_decay=0.0)
+        self.checkpoint = Checkpoint(checkpoint, self._what())
 
     def train(self, on_progress: Callable[[int, int, float], None] | None, stop_after: int | None) -> None:
         """All steps that are left."""
-        first = self._resume()
+        first = self.checkpoint.resume(self.parameters, self.optimizer)
         stream = self._stream()
         for _ in range(first):
             next(stream)
@@ -101,7 +102,7 @@ class _Trainer:
                 if on_progress:
                     on_progress(step + 1, self.settings.steps, loss)
                 if (step + 1) % self.settings.checkpoint_every == 0:
-                    self._save(step + 1)
+                    self.checkpoint.save(step + 1, self.parameters, self.optimizer)
 
     def _stream(self) -> Iterator[tuple[float, Batch]]:
         """An endless stream of (progress, batch): every epoch goes once through the data of every phase."""
@@ -127,33 +128,9 @@ class _Trainer:
         self.optimizer.zero_grad(set_to_none=True)
         return float(loss.detach())
 
-    def _save(self, step: int) -> None:
-        state = {
-            "step": step,
-            "of": self._what(),
-            "parameters": [p.detach() for p in self.parameters],
-            "optimizer": self.optimizer.state_dict(),
-        }
-        write_state(self.checkpoint, state)
-
     def _what(self) -> dict[str, Any]:
         """What a checkpoint belongs to."""
         return {"plan": self.plan.model_dump_json(), "data": self.calibration.facts, "settings": asdict(self.settings)}
-
-    def _resume(self) -> int:
-        if not self.checkpoint.exists():
-            return 0
-        state = torch.load(self.checkpoint, weights_only=True)
-        if state["of"] != self._what():
-            raise UserError(
-                f"{self.checkpoint} is of a run with another plan, other texts or other settings; delete it to begin "
-                "anew."
-            )
-        with torch.no_grad():
-            for parameter, saved in zip(self.parameters, state["parameters"], strict=True):
-                parameter.copy_(saved)
-        self.optimizer.load_state_dict(state["optimizer"])
-        return int(state["step"])
 
     def finish(self, output: Path) -> Plan:
         """Write the adapter and the plan, and forget the checkpoint."""
@@ -162,7 +139,7 @@ class _Trainer:
             self.peft.save_pretrained(Path(work) / "adapter", save_embedding_layers=False)
             healed = self.plan.with_adapter(Path(work) / "adapter", self._told())
             healed.save(output)
-        self.checkpoint.unlink(missing_ok=True)
+        self.checkpoint.remove()
         return Plan.load(output)
 
     def _told(self) -> dict[str, Any]:

@@ -6,14 +6,13 @@ may take the segment over is one more point. Dynamic programming picks a point a
 local search changes single cells by what decoding really yields.
 """
 
-import math
 import random
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import Any
 
-from torch import Tensor, nn, tensor
+from torch import nn
 
 from skipwise.calibration import Calibration, Harm, by_divergence
 from skipwise.errors import UserError
@@ -86,16 +85,6 @@ class Savings:
 def spans(ends: Sequence[float]) -> list[tuple[float, float]]:
     """(begin, end) of every segment."""
     return list(pairwise((0.0, *ends)))
-
-
-def sensitivities(calibration: Calibration, stack: str, ends: Sequence[float], harm: Harm = by_divergence) -> Tensor:
-    """(segments, blocks): the harm of skipping each block alone in each segment; NaN where no forward falls."""
-    rows = []
-    for begin, end in spans(ends):
-        search = Search(calibration, stack, begin=begin, end=end, harm=harm)
-        found = search.test((), range(search.length)) if search.batches else {}
-        rows.append([found.get(block, math.nan) for block in range(search.length)])
-    return tensor(rows)
 
 
 def curves(

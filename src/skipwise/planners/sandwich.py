@@ -109,15 +109,6 @@ def share_for(budget: float, light: Cost) -> float:
     return budget / light.saved_block_flops if budget else 0.0
 
 
-def light_share(plan: Plan) -> float:
-    """The part of the trajectory in which a plan runs another model or skips blocks."""
-    begun, light = 0.0, 0.0
-    for phase in plan.phases:
-        light += (phase.until - begun) * bool(phase.model or any(phase.skip.values()))
-        begun = phase.until
-    return light
-
-
 def _plan(
     shape: ModelShape, light: Light, stretches: Sequence[Stretch], method: str, settings: Mapping[str, Any]
 ) -> Plan:

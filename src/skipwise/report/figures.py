@@ -11,7 +11,7 @@ from matplotlib.figure import Figure
 from torch import Tensor
 
 from skipwise.analysis.record import Analysis
-from skipwise.evaluation.result import Result
+from skipwise.evaluation.result import Interval, Result
 from skipwise.report.rows import methods, of_method
 
 # Colours that are told apart in print and by colour-blind readers (Okabe and Ito).
@@ -29,15 +29,20 @@ def new_figure(width: float, height: float) -> tuple[Figure, Axes]:
     return figure, axes
 
 
-def data_uri(figure: Figure, form: str) -> str:
-    """The figure as an image that a page can hold; form: "svg" or "png"."""
+def image_bytes(figure: Figure, form: str) -> bytes:
+    """The figure as the content of an image file, equal for equal figures; form: "svg" or "png"."""
     buffer = io.BytesIO()
-    # neither carries a date, so that the same numbers give the same page
+    # neither carries a date, so that the same numbers give the same file
     metadata = {"Date": None} if form == "svg" else None
     with rc_context({"svg.hashsalt": "skipwise"}):  # nor random names of its parts
         figure.savefig(buffer, format=form, dpi=110, facecolor="white", metadata=metadata)
+    return buffer.getvalue()
+
+
+def data_uri(figure: Figure, form: str) -> str:
+    """The figure as an image that a page can hold; form: "svg" or "png"."""
     kind = "image/svg+xml" if form == "svg" else "image/png"
-    return f"data:{kind};base64,{base64.b64encode(buffer.getvalue()).decode()}"
+    return f"data:{kind};base64,{base64.b64encode(image_bytes(figure, form)).decode()}"
 
 
 def similarity_map(similarity: Tensor) -> str:
@@ -112,6 +117,11 @@ def models_by_depth(analyses: Sequence[Analysis]) -> str:
     return data_uri(figure, "svg")
 
 
+def error_bars(kept: Sequence[Interval]) -> list[list[float]]:
+    """How far intervals reach below and above their values, in percent, as `Axes.errorbar` takes it."""
+    return [[100 * max(0, k.value - k.low) for k in kept], [100 * max(0, k.high - k.value) for k in kept]]
+
+
 def retention_by_saving(results: Sequence[Result]) -> str:
     """Retention against block FLOPs saved, one line a model and method, with intervals or ranges."""
     figure, axes = new_figure(9.2, 4.2)
@@ -121,11 +131,10 @@ def retention_by_saving(results: Sequence[Result]) -> str:
             kept = [point.retention for point in found if point.retention]
             saved = [100 * point.saved_block_flops for point in found]
             values = [100 * interval.value for interval in kept]
-            errors = [[100 * max(0, k.value - k.low) for k in kept], [100 * max(0, k.high - k.value) for k in kept]]
             axes.errorbar(
                 saved,
                 values,
-                yerr=errors,
+                yerr=error_bars(kept),
                 color=COLOURS[i % len(COLOURS)],
                 linestyle=("--" if method == "random" else ("-", "-.", ":")[j % 3]),
                 marker="x" if method == "random" else "o",

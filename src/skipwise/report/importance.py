@@ -1,19 +1,17 @@
 """Step importance drawn: losses and divergences by noise level. No pyplot, so that no global state is left behind."""
 
-import io
 from pathlib import Path
 
-import matplotlib
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from skipwise.errors import unknown
 from skipwise.files import write_bytes_atomically
+from skipwise.report.figures import COLOURS, INK, image_bytes
 from skipwise.scheduling.importance import Curve, Importance
 
-BLUE, RED = "#0072B2", "#D55E00"  # told apart in print and by colour-blind readers (Okabe and Ito)
-INK = "#333333"
+BLUE, RED = COLOURS[:2]
 FORMS = ("svg", "png")
 
 
@@ -25,12 +23,7 @@ def plot_importance(importance: Importance, path: str | Path) -> Path:
     form = Path(path).suffix.removeprefix(".").lower()
     if form not in FORMS:
         raise unknown("suffix of a figure", form, FORMS)
-    buffer = io.BytesIO()
-    # no date and no random ids, so that the same numbers give the same file
-    with matplotlib.rc_context({"svg.hashsalt": "skipwise"}):
-        metadata = {"Date": None} if form == "svg" else None
-        figure(importance).savefig(buffer, format=form, dpi=110, facecolor="white", metadata=metadata)
-    return write_bytes_atomically(path, buffer.getvalue())
+    return write_bytes_atomically(path, image_bytes(figure(importance), form))
 
 
 def figure(importance: Importance) -> Figure:

@@ -4,11 +4,12 @@ from collections.abc import Sequence
 from typing import Literal
 
 from matplotlib.axes import Axes
+from matplotlib.figure import Figure
 from matplotlib.patches import Patch, Rectangle
 
 from skipwise.evaluation.result import Result, Row
 from skipwise.plan import Phase, Plan
-from skipwise.report.figures import COLOURS, INK, data_uri, new_figure
+from skipwise.report.figures import COLOURS, INK, data_uri, error_bars, new_figure
 from skipwise.scheduling.front import front
 
 # how a cell of the grid is run -> its colour
@@ -21,6 +22,11 @@ def has_schedules(result: Result) -> bool:
 
 
 def front_figure(result: Result, by: Literal["flops", "seconds"]) -> str:
+    """`draw_front` for the page."""
+    return data_uri(draw_front(result, by), "svg")
+
+
+def draw_front(result: Result, by: Literal["flops", "seconds"]) -> Figure:
     """Retention against all-in FLOPs saved or measured seconds, a colour a method, the front joined by a line."""
     figure, axes = new_figure(9.2, 4.2)
     judged = [row for row in result.rows if row.plan is not None and row.mean_retention]
@@ -32,16 +38,15 @@ def front_figure(result: Result, by: Literal["flops", "seconds"]) -> str:
     axes.set_xlabel("all-in FLOPs saved (%)" if by == "flops" else "measured seconds of the whole evaluation")
     axes.set_ylabel("retention (% of the whole model's score)")
     axes.legend(frameon=False, fontsize=9, loc="center left", bbox_to_anchor=(1.01, 0.5))
-    return data_uri(figure, "svg")
+    return figure
 
 
 def _scatter(axes: Axes, rows: Sequence[Row], by: Literal["flops", "seconds"], method: str, number: int) -> None:
     kept = [row.mean_retention for row in rows if row.mean_retention]
-    errors = [[100 * max(0, k.value - k.low) for k in kept], [100 * max(0, k.high - k.value) for k in kept]]
     axes.errorbar(
         [_place(row, by) for row in rows],
         [_kept(row) for row in rows],
-        yerr=errors,
+        yerr=error_bars(kept),
         color=COLOURS[number % len(COLOURS)],
         marker="osD^v<>"[number // len(COLOURS) % 7],
         markersize=5,

@@ -1,6 +1,5 @@
 """Running models for a sampler: the plan is followed, the callback told, and every forward entered in the accounts."""
 
-from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
@@ -93,10 +92,6 @@ class Denoiser:
     def border(self, progress: float) -> float:
         """Where the phase ends that `progress` belongs to; 1 for the last one."""
         return self.plan.phase_at(progress).until if self.plan else 1.0
-
-    def count(self) -> Counter[str | None]:
-        """Forwards so far, by the name of the model."""
-        return Counter(forward.running.model for forward in self.forwards)
 
 
 @contextmanager

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import ClassVar, Literal
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from skipwise.sampling.canvas import Canvas, Settings
 from skipwise.sampling.denoiser import Denoiser, Running, Step
@@ -79,17 +79,20 @@ def predict(
     inputs, attention_mask = canvas.sequences, canvas.attention_mask
     if rows is not None:
         inputs, attention_mask = inputs[rows], None if attention_mask is None else attention_mask[rows]
-    others = {}
-    if _conditioned(denoiser, denoiser.at(step.progress)):
-        others["sigma"] = sigma_of(time).float().expand(len(inputs)).to(inputs.device)
+    others = conditioning(denoiser.named(denoiser.at(step.progress).model), time, inputs)
     logits = denoiser(step, inputs, attention_mask, **others)[where].float()
     logits[..., canvas.mask] = -torch.inf
     return (logits - logits.logsumexp(-1, keepdim=True)).exp()  # the official arithmetic of a softmax
 
 
-def _conditioned(denoiser: Denoiser, running: Running) -> bool:
-    """Whether the model that runs is told the time."""
-    return getattr(denoiser.named(running.model).config, "time_conditioning", False)
+def conditioning(model: nn.Module, time: Tensor, inputs: Tensor) -> dict[str, Tensor]:
+    """What a model is told beside its `inputs` (rows, length): the noise at `time`, () or (rows,), or nothing."""
+    return {"sigma": sigma_of(time).float().expand(len(inputs)).to(inputs.device)} if _conditioned(model) else {}
+
+
+def _conditioned(model: nn.Module) -> bool:
+    """Whether the model is told the time."""
+    return getattr(model.config, "time_conditioning", False)
 
 
 class _Ancestral:
@@ -128,7 +131,7 @@ class _Ancestral:
         if self._cached is not None and self._cached[0] == running:
             return self._cached[1]
         probabilities = predict(self.denoiser, step, self.canvas, time, self.canvas.masked)
-        if self.settings.sampler == "ddpm_cache" and not _conditioned(self.denoiser, running):
+        if self.settings.sampler == "ddpm_cache" and not _conditioned(self.denoiser.named(running.model)):
             self._cached = running, probabilities
         return probabilities
 

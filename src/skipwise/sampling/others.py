@@ -22,15 +22,20 @@ def load_others(
     tokenizer: the model's, with which those of loaded models are compared.
     Raises UserError for a name that nothing is known by, and for a model that cannot take over.
     """
-    found = {}
-    for name in dict.fromkeys(phase.model for phase in plan.phases if phase.model) if plan else ():
-        other, its_tokenizer = (given[name], None) if given and name in given else _load(name, model)
-        if kind_of(model) == "image or video diffusion":
-            check_latents(model, other, name)
-        else:
-            check_tokens(model, other, name, tokenizer, its_tokenizer)
-        found[name] = other
-    return found
+    names = dict.fromkeys(phase.model for phase in plan.phases if phase.model) if plan else ()
+    return {name: load_other(name, model, tokenizer, given) for name in names}
+
+
+def load_other(
+    name: str, model: nn.Module, tokenizer: Any = None, given: Mapping[str, nn.Module] | None = None
+) -> nn.Module:
+    """The model of this name: the `given` one, or loaded, once, as `model` is held. Raises as `load_others` does."""
+    other, its_tokenizer = (given[name], None) if given and name in given else _load(name, model)
+    if kind_of(model) == "image or video diffusion":
+        check_latents(model, other, name)
+    else:
+        check_tokens(model, other, name, tokenizer, its_tokenizer)
+    return other
 
 
 def check_latents(model: nn.Module, other: nn.Module, name: str) -> None:

@@ -11,7 +11,7 @@ from skipwise.cost import Prices, cost_of, price_blocks
 from skipwise.errors import UserError, unknown
 from skipwise.examples import Size
 from skipwise.loading import load_skeleton
-from skipwise.plan import ModelShape, Plan, Provenance
+from skipwise.plan import ModelShape, Plan
 from skipwise.planners.sandwich import Light, from_segments, schedule
 
 Count = Literal["all-in", "block"]  # FLOPs: of everything, or of the blocks alone
@@ -99,15 +99,10 @@ class Space:
         half = count // 2
         if count % 2 == 0:
             found = self.candidate("L" * half + "H" * (segments - count) + "L" * half)
-            return replace(found, plan=_named(found.plan, "sandwich", {"segments": found.segments}))
+            return replace(found, plan=found.plan.named("sandwich"))
         plan = schedule(self.shape, self.light, "sandwich", count / segments)
         cost = cost_of(self.prices, plan, self.others)
         return Candidate("sandwich", plan, cost.saved_block_flops, cost.saved_all_in_flops)
-
-
-def _named(plan: Plan, method: str, settings: dict[str, str]) -> Plan:
-    made_by = Provenance(method=method, settings=settings, versions=plan.made_by.versions)
-    return plan.model_copy(update={"made_by": made_by})
 
 
 def letters(segments: int, light: Iterable[int]) -> str:

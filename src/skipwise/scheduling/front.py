@@ -7,17 +7,16 @@ from typing import Any, Literal
 
 from torch import nn
 
-from skipwise.blocks import find_contract
 from skipwise.calibration import Calibration, by_divergence
 from skipwise.cost import price_blocks
 from skipwise.errors import UserError
 from skipwise.evaluation import Result, Row, calibration_texts, default_tasks, evaluate
 from skipwise.evaluation.tasks import EvaluationTask, build_task
 from skipwise.examples import Size
-from skipwise.plan import Phase, Plan
+from skipwise.plan import Plan
 from skipwise.planners.grid import BudgetError
 from skipwise.planners.sandwich import PLACEMENTS, schedule
-from skipwise.sampling.others import load_others
+from skipwise.sampling.others import load_other
 from skipwise.scheduling.scheduler import Scheduler, harm_for
 from skipwise.scheduling.visited import visit
 from skipwise.stand_ins import StandInKind
@@ -114,7 +113,7 @@ class _Candidates:
     ):
         self.model, self.tokenizer, self.settings, self.on_progress = model, tokenizer, settings, on_progress
         self.tasks = list(calibrate_on or _on_calibration(tasks, settings))
-        self.light = _light(model, tokenizer, light, others)
+        self.light = {light: load_other(light, model, tokenizer, others)} if light else {}
         self.fit_on = visit(model, tokenizer, self.tasks, most=FIT * settings.moments)
         step = max(1, -(-len(self.fit_on.samples) // settings.moments))
         self.visited = replace(self.fit_on, samples=self.fit_on.samples[::step])
@@ -187,8 +186,7 @@ class _Candidates:
             judge.light = self.light
             kept = judge.retention(plans)
             best = plans[kept.index(max(kept))]
-            method = f"light {best.made_by.method}"
-            yield best.model_copy(update={"made_by": best.made_by.model_copy(update={"method": method})})
+            yield best.named(f"light {best.made_by.method}")
 
 
 def _on_calibration(tasks: Sequence[str | EvaluationTask], settings: FrontSettings) -> Iterator[EvaluationTask]:
@@ -196,15 +194,6 @@ def _on_calibration(tasks: Sequence[str | EvaluationTask], settings: FrontSettin
         if not isinstance(task, str):
             raise UserError(f"{task.name} is a task, not a name; give calibrate_on, the same on the calibration split.")
         yield build_task(task, "calibration", settings.examples, settings.seed, 250)
-
-
-def _light(
-    model: nn.Module, tokenizer: Any, name: str | None, others: Mapping[str, nn.Module] | None
-) -> dict[str, nn.Module]:
-    """The light model by its name, checked; empty without one."""
-    if name is None:
-        return {}
-    return load_others(Plan(model=find_contract(model).shape, phases=(Phase(model=name),)), model, tokenizer, others)
 
 
 def save_front(result: Result, folder: str | Path) -> Result:

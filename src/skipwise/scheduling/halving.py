@@ -14,6 +14,7 @@ from itertools import pairwise
 import numpy as np
 
 from skipwise.evaluation.measure import resamples, retention_draws
+from skipwise.evaluation.rows import saved_fraction
 from skipwise.scheduling.candidates import Candidate
 from skipwise.scheduling.trials import Outcome, Trial
 
@@ -38,8 +39,8 @@ class Standing:
     def compare(self, whole: Outcome, number: int) -> None:
         """Enter how it did by round `number` beside the whole model on the same examples."""
         self.kept, self.round = mean_retention(self.outcome, whole), number
-        self.saved_block_flops = saved(self.outcome.block_flops, whole.block_flops)
-        self.saved_all_in_flops = saved(self.outcome.all_in_flops, whole.all_in_flops)
+        self.saved_block_flops = saved_fraction(self.outcome.block_flops, whole.block_flops)
+        self.saved_all_in_flops = saved_fraction(self.outcome.all_in_flops, whole.all_in_flops)
 
 
 def round_ends(candidates: int, examples: int, finalists: int) -> list[int]:
@@ -127,8 +128,3 @@ def retention_samples(outcome: Outcome, whole: Outcome, seed: int) -> np.ndarray
         for number, (task, metrics) in enumerate(outcome.scores.items())
     ]
     return np.mean(draws, axis=0)
-
-
-def saved(flops: int, whole: int) -> float:
-    """The fraction of the whole model's FLOPs that was saved; 0 where nothing was run."""
-    return 1 - flops / whole if whole else 0.0

@@ -22,14 +22,13 @@ equal dt are spent on equal intervals of t, and each commits as many tokens as a
 """
 
 import datetime
-import json
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, Self
 
 import numpy as np
 import torch
-from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, model_validator
 from torch import Tensor, nn
 
 from skipwise.blocks import find_contract
@@ -37,11 +36,11 @@ from skipwise.calibration import Sample, Text, divergence, fingerprint, tokenize
 from skipwise.errors import UserError, unknown
 from skipwise.evaluation.measure import interval, resamples
 from skipwise.evaluation.result import Interval
-from skipwise.files import write_atomically
+from skipwise.files import read_model, write_atomically
 from skipwise.models import kind_of, mask_token
 from skipwise.plan import ModelShape, Plan
 from skipwise.sampling.denoiser import denoising
-from skipwise.sampling.mdlm import sigma_of
+from skipwise.sampling.mdlm import conditioning
 from skipwise.sampling.others import check_tokens, load_others
 from skipwise.scheduling.readings import Reading, batches, stratified_readings
 from skipwise.versions import versions
@@ -155,15 +154,7 @@ class Importance(_Frozen):
     @classmethod
     def load(cls, path: str | Path) -> "Importance":
         """Read what `save` wrote. Raises UserError, in one line, for anything else."""
-        try:
-            return cls.model_validate(json.loads(Path(path).read_text(encoding="utf-8")))
-        except (OSError, ValueError, ValidationError) as error:
-            problem = error.errors()[0] if isinstance(error, ValidationError) else None
-            where = ".".join(map(str, problem["loc"])) if problem else ""
-            reason = f"{where}: {problem['msg']}".removeprefix(": ") if problem else str(error).splitlines()[0]
-            raise UserError(
-                f"{path} is not a readable {FORMAT} file: {reason}. Make one with `skipwise schedule importance`."
-            ) from error
+        return read_model(cls, path, FORMAT, "skipwise schedule importance")
 
 
 def widths(bins: int, begin: float, end: float) -> np.ndarray:
@@ -297,10 +288,8 @@ def _compare(
 def _log_probabilities(model: nn.Module, clean: Tensor, masked: Tensor, levels: Tensor) -> Tensor:
     """(masked positions, vocabulary) on the model's device, in float32; the mask token has no part in them (SUBS)."""
     device, mask = next(model.parameters()).device, mask_token(model)
-    others = {}
-    if getattr(model.config, "time_conditioning", False):
-        others["sigma"] = sigma_of(levels).float().to(device)
-    logits = model(input_ids=clean.masked_fill(masked, mask).to(device), **others).logits[masked.to(device)].float()
+    inputs = clean.masked_fill(masked, mask).to(device)
+    logits = model(input_ids=inputs, **conditioning(model, levels, inputs)).logits[masked.to(device)].float()
     logits[:, mask] = NEVER
     return logits.log_softmax(-1)
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from skipwise.calibration import Sample
+from skipwise.calibration import Sample, batched
 from skipwise.plan import Plan
 from skipwise.sampling.mdlm import NOISE_EPS
 
@@ -66,10 +66,10 @@ def _masked(sample: Sample, level: float, generator: torch.Generator) -> Tensor:
     return torch.cat([torch.zeros(sample.prompt, dtype=torch.bool), hit])
 
 
-def batches(readings: Sequence[Reading], plan: Plan | None, size: int) -> list[list[Reading]]:
+def batches(readings: Sequence[Reading], plan: Plan | None, size: int) -> list[Sequence[Reading]]:
     """Readings of equal length in one phase of the plan, at most `size` together: no padding, one cut a forward."""
     alike: dict[tuple[int, int], list[Reading]] = defaultdict(list)
     for reading in readings:
         phase = plan.phase_number(reading.progress) if plan else 0
         alike[phase, len(reading.sample.ids)].append(reading)
-    return [group[start : start + size] for group in alike.values() for start in range(0, len(group), size)]
+    return [batch for group in alike.values() for batch in batched(group, size)]

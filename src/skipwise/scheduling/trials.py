@@ -15,17 +15,16 @@ from typing import Any, TypeVar
 
 import numpy as np
 import torch
-from torch import nn
 
 from skipwise.errors import UserError
 from skipwise.evaluation.measure import Measured
 from skipwise.evaluation.tasks import EvaluationTask
-from skipwise.loading import DTYPES, find, load
+from skipwise.loading import find, load
 from skipwise.models import kind_of
 from skipwise.plan import Plan
 from skipwise.sampling.accounts import Share, account
 from skipwise.sampling.denoiser import denoising
-from skipwise.sampling.others import check_tokens
+from skipwise.sampling.others import load_other
 
 COUNTS = ("examples", "samples")  # what tasks call the number of their examples
 
@@ -180,14 +179,7 @@ class OpenWork:
                 f"{work.model} is of the kind {kind_of(self.model)!r}, which has no denoising steps to schedule; "
                 "name a masked diffusion model."
             )
-        self.others = {name: self._load_other(name) for name in work.others}
-
-    def _load_other(self, name: str) -> nn.Module:
-        first = next(self.model.parameters())
-        dtype = next((key for key, value in DTYPES.items() if value == first.dtype), None)
-        other, tokenizer = load(name, dtype=dtype, device=str(first.device))
-        check_tokens(self.model, other, name, self.tokenizer, tokenizer)
-        return other
+        self.others = {name: load_other(name, self.model, self.tokenizer) for name in work.others}
 
     def run(self, trial: Trial) -> Outcome:
         """Every task on the trial's range under its plan."""

@@ -9,13 +9,12 @@ import hashlib
 import re
 import shutil
 import subprocess
-import sys
 import tarfile
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
-from skipwise.errors import UserError
+from skipwise.errors import UserError, as_one_line
 from skipwise.files import check_writable, user_cache
 
 FIRST_HELD_OUT_YEAR = 2010
@@ -115,8 +114,5 @@ def unpack(tarball: Path, package: Package, folder: Path) -> None:
 
 
 if __name__ == "__main__":
-    try:
+    with as_one_line():
         print(f"the training text is at {fetch_corpora()}")
-    except UserError as mistake:
-        print(f"error: {mistake}", file=sys.stderr)
-        sys.exit(2)

@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from skipwise.errors import UserError, require
+from skipwise.errors import UserError, as_one_line, require
 from skipwise.files import check_writable, user_cache
 
 NAME = "smollm2-135m"
@@ -98,8 +98,5 @@ def convert(gguf: Path, folder: Path) -> None:
 
 
 if __name__ == "__main__":
-    try:
+    with as_one_line():
         print(f"{NAME} is at {fetch_smollm2()}")
-    except UserError as mistake:
-        print(f"error: {mistake}", file=sys.stderr)
-        sys.exit(2)
