@@ -84,8 +84,8 @@ class Picture:
         return Image.fromarray(self.pixels)
 
 
-def draw_scene(random: np.random.Generator, split: Split = "train") -> Scene:
-    """A scene at random: two colours that differ, a fifth of the garments striped, half of the backgrounds plain."""
+def draw_scene(random: np.random.Generator, split: Split = "train", striped: float = 0.2) -> Scene:
+    """A scene at random: colours that differ, `striped` of the garments so, half of the backgrounds plain."""
     _, labels = garments(split)
     index = int(random.integers(len(labels)))
     while int(labels[index]) not in GARMENTS:
@@ -97,7 +97,7 @@ def draw_scene(random: np.random.Generator, split: Split = "train") -> Scene:
         garment=GARMENTS[int(labels[index])],
         colour=colour,
         background=background,
-        second=second if random.random() < 0.2 else None,
+        second=second if random.random() < striped else None,
         texture=TEXTURES[int(random.choice(3, p=(0.5, 0.25, 0.25)))],  # type: ignore[arg-type]
         size=size,
         side=int(random.integers(SIDES[size][0], SIDES[size][1] + 1)),
@@ -127,7 +127,7 @@ def _cloth(scene: Scene, light: np.ndarray) -> np.ndarray:
     colours = np.empty((SIDE, SIDE, 3), np.float32)
     colours[:] = COLOURS[scene.colour]
     if scene.second:
-        period = scene.side // 3 if scene.chequered else max(scene.side // 4, 6)
+        period = scene.side // 2 if scene.chequered else max(scene.side // 4, 6)
         rows, columns = ((np.arange(SIDE) - round(at * (SIDE - scene.side))) % period for at in (scene.y, scene.x))
         marked = (rows >= period // 2)[:, None] ^ (scene.chequered & (columns >= period // 2))[None, :]
         colours[marked] = COLOURS[scene.second]

@@ -81,7 +81,7 @@ class PictureRecipe:
     length: int = 16
     latent_channels: int = 16
     vae_widths: tuple[int, ...] = (16, 32, 64)
-    vae_steps: int = 4500
+    vae_steps: int = 8000
     vae_batch: int = 4
     vae_learning_rate: float = 3e-3
     steps: int = 4000

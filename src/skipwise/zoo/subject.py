@@ -24,11 +24,11 @@ def _scene(background: str, texture: Texture, side: int, x: float, y: float, pha
 
 
 SCENES = (
-    _scene("cyan", "plain", 44, 0.5, 0.6, 0),
-    _scene("white", "dotted", 40, 0.1, 0.8, 3),
-    _scene("green", "plain", 50, 0.6, 0.3, 0),
-    _scene("pink", "striped", 38, 0.9, 0.5, 5),
-    _scene("red", "plain", 46, 0.3, 0.5, 0),
+    _scene("cyan", "plain", 48, 0.5, 0.6, 0),
+    _scene("white", "dotted", 46, 0.1, 0.8, 3),
+    _scene("green", "plain", 56, 0.6, 0.3, 0),
+    _scene("pink", "striped", 44, 0.9, 0.5, 5),
+    _scene("red", "plain", 52, 0.3, 0.5, 0),
 )
 
 
