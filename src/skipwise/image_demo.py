@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
+from skipwise.errors import UserError
 from skipwise.evaluation.pictures import Features, feature_net, prompt_fidelity, subject_similarity
 from skipwise.files import check_writable, write_atomically
 from skipwise.finetuning.finetune import Subject, finetune
@@ -15,7 +16,7 @@ from skipwise.finetuning.prepare import Progress
 from skipwise.finetuning.selection import select_blocks
 from skipwise.finetuning.settings import FinetuneSettings
 from skipwise.finetuning.train import TrainingSettings, read_log
-from skipwise.loading import pipeline_folder
+from skipwise.loading import embedded_names, pipeline_folder
 from skipwise.plan import Plan
 from skipwise.report.personalisation import Outcome, write_page
 from skipwise.versions import versions
@@ -66,6 +67,11 @@ def run_image_demo(
     """
     features = features or feature_net()  # before anything that takes long
     output = check_writable(output)
+    if model == MODEL and MODEL not in embedded_names():
+        raise UserError(
+            "tiny-dit's weights are not in this package yet; train them with `make pictures` and "
+            "`skipwise zoo train tiny-dit -o FOLDER` (an hour of one core), and give the folder as --model."
+        )
     folder = str(pipeline_folder(model))
     learnt = Subject(shipped.folder(), shipped.PROMPT)
     prompts = [f"{shipped.PROMPT} on a {colour} background" for colour in BACKGROUNDS]

@@ -18,7 +18,8 @@ def command(
     output: Annotated[Path | None, typer.Option("--output", "-o", help="Folder for everything; runs/demo.")] = None,
     examples: Annotated[int | None, typer.Option(help="Prompts a task (200), or windows of a text (6).", min=1)] = None,
     image: Annotated[
-        bool, typer.Option("--image", help="Personalise tiny-dit by LoRA and by BlockSkip instead, side by side.")
+        bool,
+        typer.Option("--image", help="Personalise a pipeline of tiny-dit's kind by LoRA and by BlockSkip instead."),
     ] = False,
 ) -> None:
     """Analyse, plan 1, 2, 3, 4 and 6 skipped blocks by similarity and at random, evaluate, and report.
@@ -26,9 +27,9 @@ def command(
     Examples: skipwise demo    |    skipwise demo --model smollm2-135m    |    skipwise demo --model org/name
     """
     if image:
-        if model or examples:
-            raise UserError("--image has a model and pictures of its own; leave out --model and --examples.")
-        return _image(output or Path("runs/demo-image"))
+        if examples or len(model or ()) > 1:
+            raise UserError("--image has pictures of its own and takes one model; leave out --examples.")
+        return _image((model or [None])[0], output or Path("runs/demo-image"))
     with progress_bar() as tell:
         names = model or ("tiny-dllm", "tiny-ar")
         results, page = run_demo(names, output or Path("runs/demo"), examples=examples, on_progress=tell)
@@ -37,11 +38,11 @@ def command(
     console.print(f"report: {page}", highlight=False)
 
 
-def _image(output: Path) -> None:
-    from skipwise.image_demo import run_image_demo
+def _image(model: str | None, output: Path) -> None:
+    from skipwise.image_demo import MODEL, run_image_demo
     from skipwise.report.personalisation import personalisation_table
 
     with progress_bar() as tell:
-        outcomes, page = run_image_demo(output, on_progress=tell)
+        outcomes, page = run_image_demo(output, model=model or MODEL, on_progress=tell)
     console.print(personalisation_table(outcomes))
     console.print(f"page: {page}", highlight=False)

@@ -42,20 +42,19 @@ class SubjectPicture:
 
 
 def folder() -> Path:
-    """The folder of the five pictures, nothing else in it: what `skipwise finetune --images` takes."""
+    """The folder of the five pictures and their masks, nothing else in it: what `skipwise finetune --images` takes."""
     return Path(str(files("skipwise.zoo").joinpath("subject_pictures", "images")))
 
 
 def subject() -> list[SubjectPicture]:
     """The five pictures with their masks."""
-    masks = folder().parent / "masks"
     return [
         SubjectPicture(
-            np.asarray(Image.open(path).convert("RGB")),
-            np.asarray(Image.open(masks / path.name).convert("L"), np.float32) / 255,
+            np.asarray(Image.open(folder() / f"{number}.png").convert("RGB")),
+            np.asarray(Image.open(folder() / f"{number}.mask.png").convert("L"), np.float32) / 255,
             caption(scene),
         )
-        for path, scene in zip(sorted(folder().glob("*.png")), SCENES, strict=True)
+        for number, scene in enumerate(SCENES, 1)
     ]
 
 
@@ -66,15 +65,14 @@ def caption(scene: Scene) -> str:
 
 
 def write_subject(target: Path) -> Path:
-    """Compose the pictures and their masks and write them to `target`/images and `target`/masks."""
-    for kind in ("images", "masks"):
-        (target / kind).mkdir(parents=True, exist_ok=True)
+    """Compose the pictures and their masks and write them to `target`."""
+    target.mkdir(parents=True, exist_ok=True)
     for number, scene in enumerate(SCENES, 1):
         picture = compose(scene, "t10k")
-        picture.image.save(target / "images" / f"{number}.png", optimize=True)
-        Image.fromarray((picture.mask * 255).round().astype(np.uint8)).save(target / "masks" / f"{number}.png")
+        picture.image.save(target / f"{number}.png", optimize=True)
+        Image.fromarray((picture.mask * 255).round().astype(np.uint8)).save(target / f"{number}.mask.png")
     return target
 
 
 if __name__ == "__main__":
-    print(f"the subject is at {write_subject(folder().parent)}")
+    print(f"the subject is at {write_subject(folder())}")
