@@ -19,7 +19,7 @@ def command(
     examples: Annotated[int | None, typer.Option(help="Prompts a task (200), or windows of a text (6).", min=1)] = None,
     image: Annotated[
         bool,
-        typer.Option("--image", help="Personalise a pipeline of tiny-dit's kind by LoRA and by BlockSkip instead."),
+        typer.Option("--image", help="Personalise a pipeline like tiny-dit by LoRA and BlockSkip instead."),
     ] = False,
 ) -> None:
     """Analyse, plan 1, 2, 3, 4 and 6 skipped blocks by similarity and at random, evaluate, and report.
