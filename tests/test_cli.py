@@ -12,7 +12,20 @@ import skipwise as sw
 from skipwise import cli
 from skipwise.zoo.tasks import TASKS
 
-COMMANDS = ("inspect", "analyze", "plan", "heal", "generate", "eval", "judge", "lm-eval", "export", "report", "demo")
+COMMANDS = (
+    "inspect",
+    "analyze",
+    "plan",
+    "heal",
+    "finetune",
+    "generate",
+    "eval",
+    "judge",
+    "lm-eval",
+    "export",
+    "report",
+    "demo",
+)
 
 GROUPS = ("schedule", "zoo")
 
