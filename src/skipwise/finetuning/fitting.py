@@ -105,8 +105,8 @@ def cheapest(model: str | nn.Module | Estimator, memory: str | int, settings: Fi
     only made cheaper. In this order:
 
     1. as many bytes of blocks trained as anything allows, less a twentieth of all blocks;
-    2. without gradient checkpointing rather than with; 3. whole pictures rather than patches of half the side;
-    4. AdamW rather than its 8-bit form.
+    2. AdamW rather than its 8-bit form, which needs bitsandbytes and saves little of a LoRA;
+    3. without gradient checkpointing rather than with; 4. whole pictures rather than patches of half the side.
 
     Blocks are consecutive, in the middle of the model, or its last ones under late mode "none". Raises UserError that
     says what the least is when nothing fits.
@@ -139,9 +139,9 @@ class _Search:
         optimisers = dict.fromkeys((base.optimiser, "adamw8bit"))
         return [
             replace(base, checkpointing=c, patch=p, optimiser=o)
+            for o in optimisers
             for c in checkpointing
             for p in patches
-            for o in optimisers
         ]
 
     def best(self) -> Fit:
