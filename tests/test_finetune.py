@@ -127,6 +127,29 @@ def test_paper_mode_trains_on_stored_residuals(pipelines, subject, tmp_path):
     assert all(flying[key].allclose(tensor, rtol=1e-4, atol=1e-6) for key, tensor in stored.items())
 
 
+def test_records_on_the_fly_are_those_of_the_store_in_bfloat16(pipelines, subject, tmp_path):
+    """In reduced precision too they are made as stored ones are."""
+    name, half = pipelines("flux"), replace(SETTINGS, dtype="bfloat16")
+    stored, flying = (
+        tensors(finetune(name, subject, tmp_path / str(draws), plan_of(name), half, settings, device="cpu"))
+        for draws in (2, 0)
+        for settings in [replace(TRAINING, draws=draws)]
+    )
+    assert all(flying[key].equal(tensor) for key, tensor in stored.items())
+
+
+def test_what_was_prepared_with_other_settings_is_not_used(pipelines, subject, tmp_path):
+    name, other = pipelines("flux"), replace(SETTINGS, resolution=32, patch=16)
+    finetune(name, subject, tmp_path, None, SETTINGS, TRAINING, device="cpu", stop_after=1)
+    assert (tmp_path / "prepared.safetensors").exists()
+    work = Work.begin(name, subject, tmp_path, None, other, TRAINING, "cpu", None)  # the same crops, resized to less
+    sides = {latents.shape[-1] for latents in work.prepared().latents.values()}
+    assert sides == {8}
+    (tmp_path / "prepared.safetensors").write_bytes(b"half")
+    with pytest.raises(UserError, match="delete it, and it is made anew"):
+        work.prepared()
+
+
 def test_less_is_in_memory_when_blocks_are_skipped_and_crops_are_small(pipelines, subject, tmp_path):
     """What is measured falls as what is estimated does: the skipped blocks' weights and activations are not there."""
     name = pipelines("flux")

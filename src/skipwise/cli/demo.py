@@ -29,7 +29,7 @@ def command(
     if image:
         if examples or len(model or ()) > 1:
             raise UserError("--image has pictures of its own and takes one model; leave out --examples.")
-        return _image((model or [None])[0], output or Path("runs/demo-image"))
+        return _image(model[0] if model else None, output or Path("runs/demo-image"))
     with progress_bar() as tell:
         names = model or ("tiny-dllm", "tiny-ar")
         results, page = run_demo(names, output or Path("runs/demo"), examples=examples, on_progress=tell)

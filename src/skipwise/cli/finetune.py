@@ -70,6 +70,8 @@ def command(
             model, learnt, output, chosen, memory_settings, training, device=device, on_progress=_shown(tell)
         )
     console.print(f"adapter: {adapter}", highlight=False)
+    if (output / "residuals").exists():
+        console.print(f"{output / 'residuals'} is kept for another run from the same draws; delete it to free the disk")
     for path in draw_pictures(
         model, output, validate or [], output / "validation", side=memory_settings.resolution,
         dtype=memory_settings.dtype, device=device, seed=training.seed,

@@ -16,7 +16,7 @@ from skipwise.errors import UserError, require
 from skipwise.files import check_writable, write_atomically
 from skipwise.finetuning.draws import Draw, Example, make_draws
 from skipwise.finetuning.families import Family
-from skipwise.finetuning.hollow import Shell, hollow
+from skipwise.finetuning.hollow import Record, Shell, hollow
 from skipwise.finetuning.images import check_prompt, read_pictures
 from skipwise.finetuning.lora import add_lora, lora_targets, save_lora
 from skipwise.finetuning.making import OnTheFly, SampleOf, StoreSize, fill_store
@@ -124,6 +124,8 @@ class Work:
         optimizer_class(settings)
         _check_place(family, settings, training)
         accelerator = accelerate.Accelerator(cpu=device == "cpu")
+        if device and torch.device(device).type != accelerator.device.type:
+            raise UserError(f"There is no {device} on this machine; leave --device out to train on what there is.")
         count = training.draws or _fresh(settings, training, groups, accelerator.num_processes)
         draws = [make_draws(group, count, family.sample_t, training.crops(settings), training.seed) for group in groups]
         return cls(
@@ -171,17 +173,18 @@ class Work:
     def prepared(self) -> Prepared:
         """Text embeddings and latents, from the folder or computed now."""
         path = self.folder / "prepared.safetensors"
+        of = {"pipeline": self.name, "pixels": self.settings.pixels, "dtype": self.settings.dtype}
+        of |= {"text_tokens": self.settings.text_tokens}
         with self.accelerator.main_process_first():
-            if path.exists():
-                prepared = Prepared.load(path)
-                if prepared.covers(self._draws):
-                    return prepared
+            found = Prepared.load(path, of) if path.exists() else None
+            if found and found.covers(self._draws):
+                return found
             prepared = prepare(
                 self.name, self.family, self._draws, self.settings.pixels, dtype=self.settings.dtype,
                 device=str(self.accelerator.device),
                 max_length=self.settings.text_tokens, on_progress=self.tell,
             )  # fmt: skip
-            prepared.save(path)
+            prepared.save(path, of)
         return prepared
 
     def _records(self, model: nn.Module, samples: Samples, runs: Sequence[Run]) -> Records:
@@ -230,8 +233,9 @@ class Work:
 
     def _on_the_fly(
         self, model: nn.Module, runs: Sequence[Run], keys: Iterable[DrawKey], sample_of: SampleOf
-    ) -> OnTheFly:
-        return OnTheFly(model, sample_of, runs, Resident(model), device=self.accelerator.device)
+    ) -> "_Precisely":
+        device = self.accelerator.device
+        return _Precisely(OnTheFly(model, sample_of, runs, Resident(model), device=device), self.settings, device.type)
 
     def _fill(self, model: nn.Module, whole: bool = False) -> None:
         """Bring in the blocks that stay: the trained ones, and the late ones when they are frozen; or all of them."""
@@ -289,6 +293,19 @@ class Work:
             (self.folder / "prepared.safetensors").unlink(missing_ok=True)
         self.accelerator.wait_for_everyone()
         return path
+
+
+@dataclass(frozen=True)
+class _Precisely:
+    """Records on the fly, in the precision that stored ones are made in."""
+
+    source: OnTheFly
+    settings: FinetuneSettings
+    device: str
+
+    def read(self, keys: Sequence[DrawKey]) -> Record:
+        with computing(self.settings, self.device), plain_norms(self.source.model, self.settings, self.device):
+            return self.source.read(keys)
 
 
 def everything(contract: Contract) -> Plan:

@@ -8,6 +8,7 @@ import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save as tensor_bytes
@@ -32,21 +33,24 @@ class Prepared:
     texts: Mapping[str, Text]
     latents: Mapping[str, Tensor]
 
-    def save(self, path: Path) -> Path:
-        """One safetensors file, whole or not at all."""
+    def save(self, path: Path, of: Mapping[str, Any]) -> Path:
+        """One safetensors file, whole or not at all. of: what it was made with, in plain values."""
         prompts = list(self.texts)
         tensors = {f"latents/{digest}": tensor.contiguous() for digest, tensor in self.latents.items()}
         for number, prompt in enumerate(prompts):
             tensors |= {f"text/{number}/{name}": t.contiguous() for name, t in self.texts[prompt].items()}
-        return write_bytes_atomically(path, tensor_bytes(tensors, {"prompts": json.dumps(prompts)}))
+        facts = {"prompts": json.dumps(prompts), "of": json.dumps(of, sort_keys=True)}
+        return write_bytes_atomically(path, tensor_bytes(tensors, facts))
 
     @classmethod
-    def load(cls, path: Path) -> "Prepared":
-        """Raises UserError for a file that is damaged."""
+    def load(cls, path: Path, of: Mapping[str, Any]) -> "Prepared | None":
+        """What was saved, or None for what was made with anything else. Raises UserError for a damaged file."""
         texts: dict[str, Text] = {}
         latents: dict[str, Tensor] = {}
         try:
             with safe_open(path, framework="pt") as file:
+                if file.metadata()["of"] != json.dumps(of, sort_keys=True):
+                    return None
                 prompts = json.loads(file.metadata()["prompts"])
                 for key in file.keys():  # noqa: SIM118 (no mapping)
                     kind, _, rest = key.partition("/")

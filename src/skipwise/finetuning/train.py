@@ -10,6 +10,7 @@ from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_map_only
 
 from skipwise.checkpoints import Checkpoint
 from skipwise.errors import UserError, unknown
@@ -101,16 +102,17 @@ class Samples:
         return replace(self, device=device)
 
     def __call__(self, draws: Sequence[Draw]) -> Batch:
-        """The batch of these draws."""
-        latents = torch.stack([self.prepared.latents[DrawKey.of(draw).digest] for draw in draws]).to(self.device)
-        noise = torch.stack([draw.noise(latents.shape[1:]) for draw in draws]).to(self.device)
-        t = torch.tensor([draw.t for draw in draws], device=self.device)
+        """The batch of these draws. All is worked out on the CPU: a record is of the same bits, wherever it is used."""
+        latents = torch.stack([self.prepared.latents[DrawKey.of(draw).digest] for draw in draws])
+        noise = torch.stack([draw.noise(latents.shape[1:]) for draw in draws])
+        t = torch.tensor([draw.t for draw in draws])
         rows = [self.prepared.texts[draw.example.prompt] for draw in draws]
-        text = {name: torch.cat([row[name] for row in rows]).to(self.device) for name in rows[0]}
+        text = {name: torch.cat([row[name] for row in rows]) for name in rows[0]}
         noisy = self.family.noisy(latents, noise, t)
         inputs = self.family.inputs(self.transformer, noisy, t, text, self._place(draws))
-        weights = torch.tensor([draw.example.weight for draw in draws], device=self.device)
-        return Batch(inputs, latents, noise, t, weights)
+        weights = torch.tensor([draw.example.weight for draw in draws])
+        moved = tree_map_only(Tensor, lambda tensor: tensor.to(self.device), (inputs, latents, noise, t, weights))
+        return Batch(*moved)
 
     def _place(self, draws: Sequence[Draw]) -> Place | None:
         if self.place == "restart":
