@@ -28,7 +28,7 @@ lint: .venv/.installed-dev  ## ruff and mypy
 reproduce-p1: .venv/.installed-dev smollm2  ## Make docs/results/p1.md anew (about 40 minutes of two cores)
 	HF_HUB_OFFLINE=1 $(BIN)/python reproduce/run_p1.py
 
-reproduce-p2: .venv/.installed-dev smollm2  ## Make docs/results/p2.md anew (about 75 minutes of two cores)
+reproduce-p2: .venv/.installed-dev smollm2  ## Make docs/results/p2.md anew (about 45 minutes of two cores)
 	HF_HUB_OFFLINE=1 $(BIN)/python reproduce/run_p2.py
 
 bench: .venv/.installed-dev  ## Timings, as ratios of two things measured in turns
