@@ -502,7 +502,7 @@ def test_ray_gives_the_same_though_a_worker_is_killed(known_search, zoo_light, t
 @pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGINT])
 def test_a_killed_search_goes_on(how, zoo_light, tmp_path):
     path = str(zoo_light.save(tmp_path / "light.json"))
-    rules = "--segments 4 --samples 32 --confirm 32 --finalists 2 --task sort --batch-size 4 --workers 2"
+    rules = "--segments 4 --samples 128 --confirm 128 --finalists 2 --task sort --batch-size 4 --workers 2"
     told = [ZOO, "--light", path, *rules.split(), "-o"]
     code = "import typer; from skipwise.cli.search import command; typer.run(command)"
 
