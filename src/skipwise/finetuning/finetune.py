@@ -11,12 +11,12 @@ from typing import Any
 import torch
 from torch import nn
 
-from skipwise.blocks import Contract, module_list
+from skipwise.blocks import module_list
 from skipwise.errors import UserError, require
 from skipwise.files import check_writable, write_atomically
 from skipwise.finetuning.draws import Draw, Example, make_draws
 from skipwise.finetuning.families import Family
-from skipwise.finetuning.hollow import Record, Shell, hollow
+from skipwise.finetuning.hollow import Record, Shell, hollow, stored_runs
 from skipwise.finetuning.images import check_prompt, read_pictures
 from skipwise.finetuning.lora import add_lora, lora_targets, save_lora
 from skipwise.finetuning.making import OnTheFly, SampleOf, StoreSize, fill_store
@@ -24,7 +24,7 @@ from skipwise.finetuning.pipelines import pipeline_class
 from skipwise.finetuning.precision import computing, lora_dtype, plain_norms
 from skipwise.finetuning.prepare import Prepared, Progress, load_family, prepare
 from skipwise.finetuning.residuals import DrawKey, ResidualStore
-from skipwise.finetuning.runs import Run, skipped_runs
+from skipwise.finetuning.runs import Run, everything, skipped_runs
 from skipwise.finetuning.settings import FinetuneSettings
 from skipwise.finetuning.shards import Resident, Shards
 from skipwise.finetuning.train import Records, Samples, Trainer, TrainingSettings, optimizer_class
@@ -118,7 +118,7 @@ class Work:
         family, shards = load_family(name), Shards.open(name, dtype=settings.dtype)
         skeleton = shards.skeleton()
         family.check_resolution(skeleton, settings.pixels)
-        plan = plan or everything(shards.contract)
+        plan = plan or Plan(model=shards.contract.shape, train=everything(shards.contract))
         with hollow(skeleton, plan, settings.late, blocks=shards):  # raises where the plan or the mode does not fit
             lora_targets(skeleton, plan.train, settings.targets)
         optimizer_class(settings)
@@ -137,10 +137,9 @@ class Work:
         """Prepare, make residuals, train, save."""
         device = str(self.accelerator.device)
         prepared = self.prepared()
-        model = self.shards.skeleton()
-        self.shards.fill_outside(model, device=device)
+        model = self._without_blocks()
         samples = Samples(self.family, model, prepared, self.settings, self.training.place, device)
-        runs = tuple(r for r in self._runs if r.early or self.settings.late == "residual")
+        runs = stored_runs(self.shards.contract, self.plan.train, self.settings.late)
         if not self.training.draws:  # the base model makes the records as they are needed
             self._fill(model, whole=True)
         records = self._records(model, samples, runs)
@@ -165,9 +164,13 @@ class Work:
 
     def whole_model(self) -> nn.Module:
         """The base model with all its weights, on the device."""
+        model = self._without_blocks()
+        self._fill(model, whole=True)
+        return model
+
+    def _without_blocks(self) -> nn.Module:
         model = self.shards.skeleton()
         self.shards.fill_outside(model, device=self.accelerator.device)
-        self._fill(model, whole=True)
         return model
 
     def prepared(self) -> Prepared:
@@ -306,11 +309,6 @@ class _Precisely:
     def read(self, keys: Sequence[DrawKey]) -> Record:
         with computing(self.settings, self.device), plain_norms(self.source.model, self.settings, self.device):
             return self.source.read(keys)
-
-
-def everything(contract: Contract) -> Plan:
-    """The plan of ordinary LoRA: all blocks are trained."""
-    return Plan(model=contract.shape, train={name: tuple(range(s.length)) for name, s in contract.stacks.items()})
 
 
 def _check_place(family: Family, settings: FinetuneSettings, training: TrainingSettings) -> None:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from skipwise.blocks import Contract, Stack, find_contract, module_list
 from skipwise.errors import UserError, unknown
 from skipwise.finetuning.late import Blocks, Streamed
-from skipwise.finetuning.runs import Run, skipped_runs
+from skipwise.finetuning.runs import Run, Train, skipped_runs
 from skipwise.plan import Plan
 from skipwise.skipping import PassThrough, placing
 
@@ -90,11 +90,10 @@ def hollow(model: nn.Module, plan: Plan, late: LateMode = "residual", blocks: Bl
         raise unknown("late mode", late, get_args(LateMode))
     contract = find_contract(model)
     plan.check_model(contract.shape)
-    runs = skipped_runs(contract, plan.train)
-    behind = [run for run in runs if not run.early]
+    behind = [run for run in skipped_runs(contract, plan.train) if not run.early]
     if late == "none" and behind:
         raise UserError(f"Late mode none trains the last blocks, but the plan leaves out {behind[0].name}.")
-    shell = Shell(model, tuple(run for run in runs if run.early or late == "residual"))
+    shell = Shell(model, stored_runs(contract, plan.train, late))
     modules = _stand_ins(contract, shell)
     if late == "streamed":
         if blocks is None:
@@ -102,6 +101,11 @@ def hollow(model: nn.Module, plan: Plan, late: LateMode = "residual", blocks: Bl
         _stream(contract, shell.model, behind, blocks, modules)
     with placing(model, modules):
         yield shell
+
+
+def stored_runs(contract: Contract, train: Train, late: LateMode) -> tuple[Run, ...]:
+    """The runs of skipped blocks whose outputs or residuals are stored."""
+    return tuple(run for run in skipped_runs(contract, train) if run.early or late == "residual")
 
 
 def _stand_ins(contract: Contract, shell: Shell) -> dict[str, dict[int, nn.Module]]:

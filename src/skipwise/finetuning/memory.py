@@ -19,21 +19,20 @@ from skipwise.errors import UserError
 from skipwise.examples import Size
 from skipwise.finetuning.encoders import components, encoding_peak, scale_of, weights_of
 from skipwise.finetuning.families import family_of
+from skipwise.finetuning.hollow import stored_runs
 from skipwise.finetuning.lora import lora_sizes
 from skipwise.finetuning.making_memory import making_peak
 from skipwise.finetuning.peak import Bytes, compose
 from skipwise.finetuning.precision import lora_dtype
-from skipwise.finetuning.runs import Run, Train
+from skipwise.finetuning.runs import Run, Train, everything
 from skipwise.finetuning.settings import FinetuneSettings
 from skipwise.finetuning.simulation import (
     UNCACHE,
     Course,
     Group,
     Stage,
-    everything,
     groups_of,
     repeats_of,
-    stored_runs,
 )
 from skipwise.loading import DTYPES, load_skeleton
 

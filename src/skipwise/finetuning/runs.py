@@ -34,6 +34,11 @@ class Run:
         return range(self.start, self.stop)
 
 
+def everything(contract: Contract) -> dict[str, tuple[int, ...]]:
+    """All blocks: ordinary LoRA."""
+    return {name: tuple(range(stack.length)) for name, stack in contract.stacks.items()}
+
+
 def skipped_runs(contract: Contract, train: Train) -> tuple[Run, ...]:
     """The runs of blocks that are not in `train`, in the order in which a forward comes to them.
 

@@ -21,12 +21,12 @@ from skipwise.blocks import Contract, find_contract, module_list
 from skipwise.examples import Size, example_inputs
 from skipwise.finetuning.dataflow import Shapes, record_shapes
 from skipwise.finetuning.emulation import norms_as_on_cuda
-from skipwise.finetuning.hollow import LateMode, Shell, hollow
+from skipwise.finetuning.hollow import LateMode, Shell, hollow, stored_runs
 from skipwise.finetuning.lora import add_lora, lora_targets
 from skipwise.finetuning.peak import Bytes, PeakMemory, Segment
 from skipwise.finetuning.precision import computing, lora_dtype, plain_norms
 from skipwise.finetuning.resident import Weights, materialised
-from skipwise.finetuning.runs import Run, Train, skipped_runs
+from skipwise.finetuning.runs import Run, Train
 from skipwise.finetuning.settings import FinetuneSettings
 from skipwise.loading import DTYPES
 from skipwise.plan import Plan
@@ -72,16 +72,6 @@ def repeats_of(groups: tuple[Group, ...]) -> dict[str, int]:
         if len(group.numbers) > KEPT
         for way in ("forward", "backward")
     }
-
-
-def everything(contract: Contract) -> Train:
-    """All blocks: ordinary LoRA."""
-    return {name: tuple(range(stack.length)) for name, stack in contract.stacks.items()}
-
-
-def stored_runs(contract: Contract, train: Train, late: LateMode) -> tuple[Run, ...]:
-    """The runs of skipped blocks whose outputs or residuals are stored."""
-    return tuple(run for run in skipped_runs(contract, train) if run.early or late == "residual")
 
 
 def groups_of(model: nn.Module, contract: Contract, train: Train, late: LateMode) -> tuple[Group, ...]:

@@ -29,6 +29,8 @@ def draw_pictures(
     adapter: the folder of a saved LoRA, None for the model as it is. On a GPU, what does not run waits in host memory.
     call: further arguments of the pipeline, such as num_inference_steps.
     """
+    if not prompts:
+        return []  # a whole pipeline is much to load for nothing
     pipeline = load_pipeline(name, dtype=dtype)
     if adapter is not None:
         load_lora(pipeline, adapter)
