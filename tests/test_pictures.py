@@ -6,6 +6,7 @@ import json
 import re
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -21,6 +22,7 @@ from skipwise.evaluation.pictures import (
     object_colour,
     over_seeds,
     prompt_fidelity,
+    self_similarity,
     subject_similarity,
 )
 from skipwise.finetuning.images import read_pictures
@@ -30,7 +32,7 @@ from skipwise.zoo.garments import FILES, fetch, garments
 from skipwise.zoo.pictures import COLOURS, GARMENTS, SIDE, Scene, caption, compose, draw_scene, shades, words
 from skipwise.zoo.recipes import PICTURE_RECIPES, PictureRecipe
 from skipwise.zoo.subject import SCENES, folder, subject
-from skipwise.zoo.text_to_image import NAMES, build_tokenizer, load_pipeline, paint, save_pipeline
+from skipwise.zoo.text_to_image import NAMES, build_tokenizer, load_pipeline, paint, save_pipeline, through
 from skipwise.zoo.train_pictures import flow_matching_loss, pictures, prompts, train_autoencoder, train_pictures
 
 SMALL = PictureRecipe(
@@ -234,6 +236,30 @@ def test_similarity_is_of_objects_alone() -> None:
     other = subject_similarity([[plain("cyan", "black")]], wanted, mean_colours)
     expected = torch.cosine_similarity(*(mean_colours([isolated(plain(c, "white"))]) for c in ("cyan", "red")))
     assert other.value == pytest.approx(float(expected))
+
+
+def test_a_subject_is_as_alike_as_its_pictures_are_to_each_other() -> None:
+    pictures = [plain("red", "black"), plain("red", "green"), plain("cyan", "black")]
+    features = mean_colours([isolated(picture) for picture in pictures])
+    unit = features / features.norm(dim=1, keepdim=True)
+    pairs = [float(unit[i] @ unit[j]) for i, j in ((0, 1), (0, 2), (1, 2))]
+    assert self_similarity(pictures, mean_colours) == pytest.approx(sum(pairs) / 3, abs=1e-6)
+
+
+def test_what_goes_through_the_autoencoder_comes_back() -> None:
+    """With an autoencoder that keeps all, encoding and decoding give the picture back, whatever the latents' scale."""
+
+    class Keeps:
+        config = SimpleNamespace(scaling_factor=0.5, shift_factor=0.3)
+
+        def encode(self, pixels):
+            return SimpleNamespace(latent_dist=SimpleNamespace(mean=2 * pixels + 1))
+
+        def decode(self, latents):
+            return SimpleNamespace(sample=(latents - 1) / 2)
+
+    picture = np.random.default_rng(0).integers(0, 256, (8, 8, 3), dtype=np.uint8)
+    assert np.array_equal(through(Keeps(), [picture])[0], picture)
 
 
 def test_features_tell_the_subject_from_other_garments() -> None:

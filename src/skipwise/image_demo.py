@@ -1,27 +1,36 @@
 """`skipwise demo --image`: teach tiny-dit a subject in three ways, and show what each one gives and costs."""
 
 import json
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
-from skipwise.errors import UserError
-from skipwise.evaluation.pictures import Features, feature_net, prompt_fidelity, subject_similarity
+from skipwise.evaluation.pictures import (
+    Features,
+    feature_net,
+    fidelities,
+    over_seeds,
+    self_similarity,
+    similarities,
+)
 from skipwise.files import check_writable, write_atomically
 from skipwise.finetuning.finetune import Subject, finetune
+from skipwise.finetuning.fitting import describe_blocks
 from skipwise.finetuning.lora import load_lora
+from skipwise.finetuning.patches import PatchSchedule
 from skipwise.finetuning.prepare import Progress
 from skipwise.finetuning.selection import select_blocks
 from skipwise.finetuning.settings import FinetuneSettings
 from skipwise.finetuning.train import TrainingSettings, read_log
-from skipwise.loading import embedded_names, pipeline_folder
+from skipwise.loading import pipeline_folder
 from skipwise.plan import Plan
 from skipwise.report.personalisation import Outcome, write_page
 from skipwise.versions import versions
 from skipwise.zoo import subject as shipped
-from skipwise.zoo.text_to_image import load_pipeline, paint
+from skipwise.zoo.text_to_image import load_pipeline, paint, through
 
 MODEL = "tiny-dit"
 BACKGROUNDS = ("blue", "orange", "black", "white")  # white alone is in a picture of the subject
@@ -32,12 +41,17 @@ TRAINING = TrainingSettings(steps=300, learning_rate=1e-3, draws=24, checkpoint_
 
 @dataclass(frozen=True)
 class Way:
-    """A way to personalise: which share of the blocks' weights is trained, chosen by which rule, and how."""
+    """A way to personalise: which share of the blocks' weights is trained, chosen by which rule, and how.
+
+    schedule: of the crops, by default that of TrainingSettings. train: what is called as `finetune` is.
+    """
 
     name: str
     settings: FinetuneSettings
     blocks: str | None = None  # all
     rule: str = "vital"
+    schedule: PatchSchedule | None = None
+    train: Callable[..., Path] = finetune
 
     def plan(self, learnt: Subject, model: str) -> Plan | None:
         """The plan of one that does not train all blocks."""
@@ -51,6 +65,27 @@ WAYS = (
 )
 
 
+@dataclass(frozen=True)
+class Judge:
+    """What pictures are held against: the subject, as the model's own autoencoder gives its pictures back, and the
+    colours of the prompts, each of which is painted `repeats` times.
+    """
+
+    subject: list[np.ndarray]
+    features: Features
+    repeats: int = 1
+
+    @property
+    def prompts(self) -> list[str]:
+        """Those that are painted."""
+        return [f"{shipped.PROMPT} on a {colour} background" for colour in BACKGROUNDS] * self.repeats
+
+    def __call__(self, name: str, pictures: list[list[np.ndarray]]) -> Outcome:
+        """Scores of pictures[seed][prompt]."""
+        alike, true = similarities(pictures, self.subject, self.features), fidelities(pictures, self.prompts)
+        return Outcome(name, pictures, alike, true, over_seeds(alike), over_seeds(true))
+
+
 def run_image_demo(
     output: str | Path = "runs/demo-image",
     ways: Sequence[Way] = WAYS,
@@ -59,33 +94,30 @@ def run_image_demo(
     model: str = MODEL,
     features: Features | None = None,
     on_progress: Progress | None = None,
+    repeats: int = 1,
 ) -> tuple[list[Outcome], Path]:
     """Personalise in every way with every seed, draw, measure, and write result.json and page.html.
 
-    Adapters are in `output`/WAY-SEED. features: see `subject_similarity`. Returns the outcomes, the first of them that
-    of the model as it was, and the page's path. Raises UserError without the extra `features`.
+    Adapters are in `output`/WAY-SEED. features: see `similarities`. repeats: pictures a prompt and seed. Returns the
+    outcomes, the first of them that of the model as it was, and the page's path. Raises UserError without the extra
+    `features`.
     """
     features = features or feature_net()  # before anything that takes long
-    output = check_writable(output)
-    if model == MODEL and MODEL not in embedded_names():
-        raise UserError(
-            "tiny-dit's weights are not in this package yet; train them with `make pictures` and "
-            "`skipwise zoo train tiny-dit -o FOLDER` (an hour of one core), and give the folder as --model."
-        )
-    folder = str(pipeline_folder(model))
+    output, folder = check_writable(output), str(pipeline_folder(model))
     learnt = Subject(shipped.folder(), shipped.PROMPT)
-    prompts = [f"{shipped.PROMPT} on a {colour} background" for colour in BACKGROUNDS]
-    before = [_draw(folder, None, prompts, seed) for seed in seeds]
-    outcomes = [_judge("as it was", before, prompts, features)]
+    pipeline = load_pipeline(folder)
+    judge = Judge(through(pipeline.vae, [p.pixels for p in shipped.subject()]), features, repeats)
+    outcomes = [judge("as it was", [paint(pipeline, judge.prompts, seed) for seed in seeds])]
     for way in ways:
         plan = way.plan(learnt, folder)
         runs = [_personalise(way, plan, folder, learnt, replace(training, seed=s), output, on_progress) for s in seeds]
-        pictures = [_draw(folder, run, prompts, seed) for run, seed in zip(runs, seeds, strict=True)]
-        outcomes.append(_costed(_judge(way.name, pictures, prompts, features), plan, runs))
-    content = {"model": model, "prompts": prompts, "seeds": list(seeds), "versions": versions()}
+        pictures = [_draw(folder, run, judge.prompts, seed) for run, seed in zip(runs, seeds, strict=True)]
+        outcomes.append(_costed(judge(way.name, pictures), plan, runs))
+    content: dict[str, Any] = {"model": model, "prompts": judge.prompts, "seeds": list(seeds), "versions": versions()}
+    content |= {"training": asdict(training), "of_the_subject_itself": self_similarity(judge.subject, features)}
     content |= {"outcomes": [outcome.to_json() for outcome in outcomes]}
     write_atomically(output / "result.json", json.dumps(content, indent=2) + "\n")
-    return outcomes, write_page(outcomes, prompts, [p.pixels for p in shipped.subject()], output / "page.html")
+    return outcomes, write_page(outcomes, judge.prompts, judge.subject, output / "page.html")
 
 
 def _personalise(
@@ -99,27 +131,21 @@ def _personalise(
 ) -> Path:
     """The folder of the adapter."""
     folder = output / f"{way.name.replace(' ', '-').lower()}-{training.seed}"
-    finetune(model, learnt, folder, plan, way.settings, training, device="cpu", on_progress=on_progress)
+    training = replace(training, schedule=way.schedule)
+    way.train(model, learnt, folder, plan, way.settings, training, device="cpu", on_progress=on_progress)
     return folder
 
 
 def _costed(outcome: Outcome, plan: Plan | None, runs: Sequence[Path]) -> Outcome:
     """With what training took: memory of one seed, which is that of all, and the median time of a step."""
     lines = [read_log(run / "train.jsonl")[-1] for run in runs]
-    trained = "all" if plan is None else "; ".join(f"{s} {', '.join(map(str, n))}" for s, n in plan.train.items())
+    trained = "all" if plan is None else describe_blocks(plan.train)
     seconds = float(np.median([line["seconds_a_step"] for line in lines]))
     return replace(outcome, trained=trained, peak=lines[0]["peak_by_part"], seconds_a_step=seconds)
 
 
-def _judge(name: str, pictures: list[list[np.ndarray]], prompts: Sequence[str], features: Features) -> Outcome:
-    wanted = [picture.pixels for picture in shipped.subject()]
-    similarity = subject_similarity(pictures, wanted, features)
-    return Outcome(name, pictures, similarity, prompt_fidelity(pictures, prompts))
-
-
-def _draw(model: str, adapter: Path | None, prompts: Sequence[str], seed: int) -> list[np.ndarray]:
+def _draw(model: str, adapter: Path, prompts: Sequence[str], seed: int) -> list[np.ndarray]:
     """By the stock pipeline, with all of its blocks."""
     pipeline = load_pipeline(model)
-    if adapter is not None:
-        load_lora(pipeline, adapter)
+    load_lora(pipeline, adapter)
     return paint(pipeline, prompts, seed)

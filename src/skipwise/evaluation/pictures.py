@@ -62,9 +62,13 @@ def fidelity(pixels: np.ndarray, prompt: str) -> float:
 
 
 def prompt_fidelity(pictures: Sequence[Sequence[np.ndarray]], prompts: Sequence[str], seed: int = 0) -> Interval:
-    """Mean `fidelity` of pictures[seed][prompt], with its interval over the first axis. seed: of the bootstrap."""
-    rows = [[fidelity(pixels, text) for pixels, text in zip(row, prompts, strict=True)] for row in pictures]
-    return over_seeds(np.array(rows), seed)
+    """Mean of `fidelities`, with its interval over the first axis. seed: of the bootstrap."""
+    return over_seeds(fidelities(pictures, prompts), seed)
+
+
+def fidelities(pictures: Sequence[Sequence[np.ndarray]], prompts: Sequence[str]) -> np.ndarray:
+    """`fidelity` of every one of pictures[seed][prompt]: (seeds, prompts)."""
+    return np.array([[fidelity(pixels, text) for pixels, text in zip(row, prompts, strict=True)] for row in pictures])
 
 
 def subject_similarity(
@@ -73,7 +77,14 @@ def subject_similarity(
     features: Features | None = None,
     seed: int = 0,
 ) -> Interval:
-    """Mean cosine similarity of pictures[seed][prompt] to the subject's, over all pairs; interval as above.
+    """Mean of `similarities`, with its interval over the first axis. seed: of the bootstrap."""
+    return over_seeds(similarities(pictures, subject, features), seed)
+
+
+def similarities(
+    pictures: Sequence[Sequence[np.ndarray]], subject: Sequence[np.ndarray], features: Features | None = None
+) -> np.ndarray:
+    """Mean cosine similarity of every one of pictures[seed][prompt] to the subject's pictures: (seeds, prompts).
 
     The background, told by its colour, is greyed on both sides, so that only objects are compared.
     features: pictures (height, width, 3) uint8 -> (count, width) features, by default `feature_net`'s.
@@ -81,7 +92,16 @@ def subject_similarity(
     features = features or feature_net()
     wanted = F.normalize(features([isolated(pixels) for pixels in subject]), dim=-1)
     found = [F.normalize(features([isolated(pixels) for pixels in row]), dim=-1) for row in pictures]
-    return over_seeds(np.array([(row @ wanted.T).mean(1).tolist() for row in found]), seed)
+    return np.array([(row @ wanted.T).mean(1).tolist() for row in found])
+
+
+def self_similarity(subject: Sequence[np.ndarray], features: Features | None = None) -> float:
+    """Mean cosine similarity of a subject's pictures to each other: what another picture of it can be expected to
+    have.
+    """
+    count = len(subject)
+    rows = similarities([[picture] for picture in subject], subject, features)
+    return float((rows.sum() * count - count) / (count * (count - 1)))
 
 
 def isolated(pixels: np.ndarray) -> np.ndarray:

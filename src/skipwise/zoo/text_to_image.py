@@ -191,6 +191,20 @@ def encode(autoencoder: Any, pixels: Tensor) -> Tensor:
     return (latents - autoencoder.config.shift_factor) * autoencoder.config.scaling_factor
 
 
+@torch.no_grad()
+def decode(autoencoder: Any, latents: Tensor) -> Tensor:
+    """What `encode` took, as far as the autoencoder keeps it."""
+    plain = latents / autoencoder.config.scaling_factor + autoencoder.config.shift_factor
+    return autoencoder.decode(plain).sample.clamp(-1, 1)
+
+
+def through(autoencoder: Any, pictures: Sequence[np.ndarray]) -> list[np.ndarray]:
+    """Pictures (height, width, 3) uint8 as the autoencoder gives them back: the best that a transformer can paint."""
+    pixels = torch.from_numpy(np.stack(pictures)).permute(0, 3, 1, 2) / 127.5 - 1
+    given = decode(autoencoder, encode(autoencoder, pixels))
+    return list(((given.permute(0, 2, 3, 1) + 1) * 127.5).round().byte().numpy())
+
+
 def build_pipeline(model: TextToImage, autoencoder: Any) -> Any:
     """The stock pipeline with these parts."""
     diffusers = require("diffusers", "image")
