@@ -21,8 +21,8 @@ from pathlib import Path
 from typing import Any
 
 from skipwise.files import write_atomically
-from skipwise.finetuning.fitting import Place, consecutive
-from skipwise.finetuning.memory import Estimator, MemoryEstimate
+from skipwise.finetuning.memory.estimate import Estimator, MemoryEstimate
+from skipwise.finetuning.memory.fitting import Place, consecutive
 from skipwise.finetuning.settings import FinetuneSettings
 from skipwise.report.memory import markdown
 from skipwise.sizes import GIB

@@ -23,8 +23,9 @@ import diffusers
 
 from skipwise.errors import UserError
 from skipwise.examples import Size
-from skipwise.finetuning.encoders import components, weights_of
-from skipwise.finetuning.fitting import (
+from skipwise.finetuning.memory.encoders import components, weights_of
+from skipwise.finetuning.memory.estimate import Estimator, MemoryEstimate, estimate_memory, optimiser_bytes
+from skipwise.finetuning.memory.fitting import (
     CONTEXT,
     bytes_of,
     cheapest,
@@ -32,12 +33,11 @@ from skipwise.finetuning.fitting import (
     describe_blocks,
     needed,
 )
-from skipwise.finetuning.memory import Estimator, MemoryEstimate, estimate_memory, optimiser_bytes
+from skipwise.finetuning.memory.simulation import Stage
 from skipwise.finetuning.peak import PARTS, Bytes, PeakMemory, Segment, compose
 from skipwise.finetuning.precision import computing, plain_norms
 from skipwise.finetuning.runs import Train
 from skipwise.finetuning.settings import FinetuneSettings
-from skipwise.finetuning.simulation import Stage
 from skipwise.presets import names as preset_names
 from skipwise.sizes import GIB, parse_bytes
 from tests.tiny_pipelines import pipeline, save

@@ -28,10 +28,10 @@ import torch
 from torch import nn
 
 from skipwise.files import write_atomically
-from skipwise.finetuning.fitting import consecutive
-from skipwise.finetuning.memory import Estimator
+from skipwise.finetuning.memory.estimate import Estimator
+from skipwise.finetuning.memory.fitting import consecutive
+from skipwise.finetuning.memory.simulation import Stage
 from skipwise.finetuning.settings import FinetuneSettings
-from skipwise.finetuning.simulation import Stage
 from skipwise.loading import build_skeleton, load_skeleton
 from skipwise.presets import read
 from skipwise.versions import versions

@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from skipwise.evaluation import Result, evaluate
     from skipwise.exporting import export
     from skipwise.finetuning.finetune import Subject, finetune
-    from skipwise.finetuning.memory import estimate_memory
+    from skipwise.finetuning.memory.estimate import estimate_memory
     from skipwise.finetuning.selection import select_blocks
     from skipwise.finetuning.settings import FinetuneSettings
     from skipwise.finetuning.train import TrainingSettings
@@ -45,7 +45,7 @@ _HOMES = {
     "analyze": "analysis",
     "compare": "analysis",
     "estimate": "cost",
-    "estimate_memory": "finetuning.memory",
+    "estimate_memory": "finetuning.memory.estimate",
     "evaluate": "evaluation",
     "export": "exporting",
     "find_contract": "blocks",

@@ -18,8 +18,8 @@ from skipwise.evaluation.pictures import (
 )
 from skipwise.files import check_writable, write_atomically
 from skipwise.finetuning.finetune import Subject, finetune
-from skipwise.finetuning.fitting import describe_blocks
 from skipwise.finetuning.lora import load_lora
+from skipwise.finetuning.memory.fitting import describe_blocks
 from skipwise.finetuning.patches import PatchSchedule
 from skipwise.finetuning.prepare import Progress
 from skipwise.finetuning.selection import select_blocks

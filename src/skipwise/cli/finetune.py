@@ -100,7 +100,7 @@ class Choice:
         self, settings: "FinetuneSettings", subject: "Subject | None" = None, seed: int = 0
     ) -> "tuple[Plan | None, FinetuneSettings]":
         """The plan, None for all blocks, and the settings, which --memory may make cheaper."""
-        from skipwise.finetuning.fitting import cheapest
+        from skipwise.finetuning.memory.fitting import cheapest
         from skipwise.finetuning.selection import select_blocks
 
         if self.memory:
@@ -119,7 +119,7 @@ class Choice:
 
 def print_estimate(choice: Choice, settings: "FinetuneSettings") -> None:
     """What a fine-tuning takes, by part, from the config alone."""
-    from skipwise.finetuning.memory import estimate_memory
+    from skipwise.finetuning.memory.estimate import estimate_memory
     from skipwise.report.memory import memory_notes, memory_table
 
     plan, settings = choice.make(settings)

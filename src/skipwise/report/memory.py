@@ -5,8 +5,8 @@ from collections.abc import Mapping
 from rich import box
 from rich.table import Table
 
-from skipwise.finetuning.fitting import describe_blocks
-from skipwise.finetuning.memory import MemoryEstimate
+from skipwise.finetuning.memory.estimate import MemoryEstimate
+from skipwise.finetuning.memory.fitting import describe_blocks
 from skipwise.finetuning.peak import PARTS, Bytes
 from skipwise.sizes import GIB
 

@@ -16,8 +16,8 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from skipwise.errors import require
+from skipwise.finetuning.memory.resident import materialised
 from skipwise.finetuning.peak import Bytes, PeakMemory
-from skipwise.finetuning.resident import materialised
 from skipwise.loading import find
 from skipwise.presets import names as preset_names
 

@@ -17,16 +17,12 @@ from torch import nn
 from skipwise.blocks import Contract, find_contract, module_list
 from skipwise.errors import UserError
 from skipwise.examples import Size
-from skipwise.finetuning.encoders import components, encoding_peak, scale_of, weights_of
 from skipwise.finetuning.families import family_of
 from skipwise.finetuning.hollow import stored_runs
 from skipwise.finetuning.lora import lora_sizes
-from skipwise.finetuning.making_memory import making_peak
-from skipwise.finetuning.peak import Bytes, compose
-from skipwise.finetuning.precision import lora_dtype
-from skipwise.finetuning.runs import Run, Train, everything
-from skipwise.finetuning.settings import FinetuneSettings
-from skipwise.finetuning.simulation import (
+from skipwise.finetuning.memory.encoders import components, encoding_peak, scale_of, weights_of
+from skipwise.finetuning.memory.making import making_peak
+from skipwise.finetuning.memory.simulation import (
     UNCACHE,
     Course,
     Group,
@@ -34,6 +30,10 @@ from skipwise.finetuning.simulation import (
     groups_of,
     repeats_of,
 )
+from skipwise.finetuning.peak import Bytes, compose
+from skipwise.finetuning.precision import lora_dtype
+from skipwise.finetuning.runs import Run, Train, everything
+from skipwise.finetuning.settings import FinetuneSettings
 from skipwise.loading import DTYPES, load_skeleton
 
 TEXT_TOKENS = 512  # of models that have no row

@@ -7,7 +7,7 @@ from typing import Literal
 from torch import nn
 
 from skipwise.errors import UserError
-from skipwise.finetuning.memory import Estimator, MemoryEstimate
+from skipwise.finetuning.memory.estimate import Estimator, MemoryEstimate
 from skipwise.finetuning.runs import Train
 from skipwise.finetuning.settings import FinetuneSettings
 from skipwise.sizes import GIB, parse_bytes, show_bytes

@@ -7,11 +7,11 @@ from torch import nn
 
 from skipwise.blocks import module_list
 from skipwise.examples import example_inputs
-from skipwise.finetuning.emulation import norms_as_on_cuda
+from skipwise.finetuning.memory.emulation import norms_as_on_cuda
+from skipwise.finetuning.memory.simulation import Stage, kind_of
 from skipwise.finetuning.peak import Bytes, PeakMemory
 from skipwise.finetuning.runs import Run
 from skipwise.finetuning.settings import FinetuneSettings
-from skipwise.finetuning.simulation import Stage, kind_of
 from skipwise.skipping import PassThrough, placing
 
 

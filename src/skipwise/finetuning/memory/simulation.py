@@ -20,12 +20,12 @@ from torch.utils._pytree import tree_leaves
 from skipwise.blocks import Contract, find_contract, module_list
 from skipwise.examples import Size, example_inputs
 from skipwise.finetuning.dataflow import Shapes, record_shapes
-from skipwise.finetuning.emulation import norms_as_on_cuda
 from skipwise.finetuning.hollow import LateMode, Shell, hollow, stored_runs
 from skipwise.finetuning.lora import add_lora, lora_targets
+from skipwise.finetuning.memory.emulation import norms_as_on_cuda
+from skipwise.finetuning.memory.resident import Weights, materialised
 from skipwise.finetuning.peak import Bytes, PeakMemory, Segment
 from skipwise.finetuning.precision import computing, lora_dtype, plain_norms
-from skipwise.finetuning.resident import Weights, materialised
 from skipwise.finetuning.runs import Run, Train
 from skipwise.finetuning.settings import FinetuneSettings
 from skipwise.loading import DTYPES
