@@ -85,10 +85,12 @@ def _train_pictures(name: str, output: Path, seed: int, compile_blocks: bool, _:
     from skipwise.zoo.text_to_image import TextToImage, build_pipeline, paint, save_pipeline
     from skipwise.zoo.train_pictures import prompts, train_pictures
 
+    recipe = PICTURE_RECIPES[name]
+
     def scores(model: TextToImage, autoencoder: Any) -> dict[str, float]:
-        asked = prompts(16)
-        painted = paint(build_pipeline(model, autoencoder), asked, seed=0)
+        asked = prompts(32)
+        painted = paint(build_pipeline(model, autoencoder, recipe.shift), asked, seed=0)
         return {"prompt_fidelity": prompt_fidelity([painted], asked).value}
 
     model, autoencoder = train_pictures(name, output, seed, compile_blocks, scores)
-    return save_pipeline(model, autoencoder, name, seed, output, PICTURE_RECIPES[name])
+    return save_pipeline(model, autoencoder, name, seed, output, recipe)

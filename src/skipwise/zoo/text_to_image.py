@@ -205,11 +205,11 @@ def through(autoencoder: Any, pictures: Sequence[np.ndarray]) -> list[np.ndarray
     return list(((given.permute(0, 2, 3, 1) + 1) * 127.5).round().byte().numpy())
 
 
-def build_pipeline(model: TextToImage, autoencoder: Any) -> Any:
-    """The stock pipeline with these parts."""
+def build_pipeline(model: TextToImage, autoencoder: Any, shift: float) -> Any:
+    """The stock pipeline with these parts. shift: of the sampled noise levels, as in training."""
     diffusers = require("diffusers", "image")
     return diffusers.FluxPipeline(
-        scheduler=diffusers.FlowMatchEulerDiscreteScheduler(shift=1.0),
+        scheduler=diffusers.FlowMatchEulerDiscreteScheduler(shift=shift),
         vae=autoencoder,
         text_encoder=model.text_encoder,
         tokenizer=model.tokenizer,
@@ -225,7 +225,7 @@ def save_pipeline(
     """Write the pipeline's folder: safetensors alone, of which the transformer's are in half precision."""
     half = copy.deepcopy(model)
     half.transformer.half()
-    build_pipeline(half, autoencoder).save_pretrained(folder)
+    build_pipeline(half, autoencoder, recipe.shift).save_pretrained(folder)
     for path in folder.glob("*/*.safetensors"):
         path.chmod(0o644)  # safetensors writes them private
     write_atomically(folder / "README.md", CARD.format(name=name, seed=seed, length=recipe.length))

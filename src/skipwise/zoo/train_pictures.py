@@ -2,9 +2,9 @@
 
 The autoencoder minimises squared errors and, lightly, absolute ones, those of edges and a divergence of its latents.
 The transformer learns flow matching: x_t = (1 - t) x_0 + t noise, the target is noise - x_0 (arXiv 2210.02747; t is
-logit-normal as in SD3, arXiv 2403.03206), with Muon on the blocks' matrices and AdamW elsewhere. A moving average of
-the weights is kept. Every step draws its pictures, times and noise from (seed, step), so that a killed run goes on
-where it was.
+logit-normal and shifted as in SD3, arXiv 2403.03206: which colour is where is decided at t above 0.9), with Muon on the
+blocks' matrices and AdamW elsewhere. A moving average of the weights is kept. Every step draws its pictures, times and
+noise from (seed, step), so that a killed run goes on where it was.
 """
 
 import json
@@ -58,10 +58,13 @@ def autoencoder_loss(autoencoder: Any, pixels: Tensor, generator: torch.Generato
     return 2 * F.mse_loss(found, pixels) + 0.1 * F.l1_loss(found, pixels) + 0.1 * edges + 1e-5 * divergence
 
 
-def flow_matching_loss(model: nn.Module, latents: Tensor, captions: list[str], generator: torch.Generator) -> Tensor:
+def flow_matching_loss(
+    model: nn.Module, latents: Tensor, captions: list[str], generator: torch.Generator, shift: float = 1.0
+) -> Tensor:
     """Mean squared error of the velocity; the times' quantiles are spread evenly over the batch."""
     quantiles = (torch.rand(len(latents), generator=generator) + torch.arange(len(latents))) / len(latents)
-    times = torch.special.ndtri(quantiles.clamp(1e-4, 1 - 1e-4)).sigmoid()
+    plain = torch.special.ndtri(quantiles.clamp(1e-4, 1 - 1e-4)).sigmoid()
+    times = shift * plain / (1 + (shift - 1) * plain)
     noise = torch.randn(latents.shape, generator=generator)
     share = times[:, None, None, None]
     predicted = model((1 - share) * latents + share * noise, times, captions)
@@ -196,22 +199,23 @@ def train_denoiser(
         kept = torch.rand(len(captions), generator=generator) >= recipe.dropout
         captions = [text if keep else "" for text, keep in zip(captions, kept, strict=True)]
         with torch.autocast("cpu", torch.bfloat16):
-            return flow_matching_loss(model, encode(autoencoder, pixels).float(), captions, generator)
+            return flow_matching_loss(model, encode(autoencoder, pixels).float(), captions, generator, recipe.shift)
 
     def report(average: nn.Module) -> dict[str, float]:
         with torch.compiler.set_stance("force_eager"):
-            return {"held_out_loss": held_out_loss(average, autoencoder)} | (evaluate(average) if evaluate else {})
+            held_out = held_out_loss(average, autoencoder, recipe.shift)
+            return {"held_out_loss": held_out} | (evaluate(average) if evaluate else {})
 
     stage.fit(loss, every, stop_after, report)
     return cast(TextToImage, stage.average.module.eval())
 
 
 @torch.no_grad()
-def held_out_loss(model: nn.Module, autoencoder: Any, count: int = 128) -> float:
+def held_out_loss(model: nn.Module, autoencoder: Any, shift: float, count: int = 128) -> float:
     """Loss on pictures of held-out garments, always the same times and noise."""
     pixels, captions = pictures((0, HELD_OUT), count, "t10k")
     generator = torch.Generator().manual_seed(0)
-    return round(float(flow_matching_loss(model, encode(autoencoder, pixels), captions, generator)), 5)
+    return round(float(flow_matching_loss(model, encode(autoencoder, pixels), captions, generator, shift)), 5)
 
 
 def train_pictures(
