@@ -33,6 +33,7 @@ def test_embedded_models_are_a_pair() -> None:
     assert embedded_names() == [
         "tiny-ar",
         "tiny-ar2dllm",
+        "tiny-dit",
         "tiny-dllm",
         "tiny-dllm-light",
         "tiny-text",

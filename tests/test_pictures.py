@@ -4,7 +4,7 @@ import gzip
 import hashlib
 import json
 import re
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -33,7 +33,7 @@ from skipwise.zoo.pictures import COLOURS, GARMENTS, SIDE, Scene, caption, compo
 from skipwise.zoo.recipes import PICTURE_RECIPES, PictureRecipe
 from skipwise.zoo.subject import SCENES, folder, subject
 from skipwise.zoo.text_to_image import NAMES, build_tokenizer, load_pipeline, paint, save_pipeline, through
-from skipwise.zoo.train_pictures import flow_matching_loss, pictures, prompts, train_autoencoder, train_pictures
+from skipwise.zoo.train_pictures import crops, flow_matching_loss, pictures, prompts, train_autoencoder, train_pictures
 
 SMALL = PictureRecipe(
     double_blocks=1,
@@ -47,6 +47,7 @@ SMALL = PictureRecipe(
     vae_steps=4,
     vae_batch=2,
     steps=4,
+    mixed_steps=2,
     batch_size=2,
     warmup=2,
 )
@@ -341,6 +342,19 @@ def test_a_trained_model_is_a_stock_pipeline(tmp_path: Path, wardrobe: Path) -> 
         pipeline_folder("tiny-dllm")
 
 
+def test_crops_are_parts_of_their_pictures() -> None:
+    """Of a picture whose colours are places, a crop has those of a square."""
+    place = torch.linspace(-1, 1, 64)
+    pixels = torch.stack([place.expand(64, 64), place[:, None].expand(64, 64), torch.zeros(64, 64)]).repeat(8, 1, 1, 1)
+    found = crops(pixels, torch.Generator().manual_seed(0))
+    assert found.shape == (8, 3, 32, 32)
+    spans = found[:, 0, 0, -1] - found[:, 0, 0, 0]
+    assert (spans.diff() != 0).any()  # of several sides
+    assert ((spans > 0.9) & (spans <= 2)).all()
+    assert torch.allclose(spans, found[:, 1, -1, 0] - found[:, 1, 0, 0], atol=1e-5)  # squares
+    assert torch.equal(found, crops(pixels, torch.Generator().manual_seed(0)))
+
+
 def test_training_and_the_pipeline_agree(wardrobe: Path, tmp_path: Path) -> None:
     """What the pipeline predicts from the same latents, prompt and time is what was trained."""
     model, autoencoder = train_pictures("tiny-dit", tmp_path, recipe=SMALL)
@@ -365,10 +379,30 @@ def test_zoo_train(skipwise: Any, wardrobe: Path, tmp_path: Path, monkeypatch: p
     assert (code, "trained tiny-dit" in out) == (0, True), err
     head, *lines = [json.loads(line) for line in (tmp_path / "made" / "train.jsonl").read_text().splitlines()]
     assert (head["name"], head["seed"], head["recipe"]["steps"]) == ("tiny-dit", 3, SMALL.steps)
-    assert [(line["stage"], line["step"]) for line in lines] == [("autoencoder", 4), ("denoiser", 4)]
+    assert [(line["stage"], line["step"]) for line in lines] == [("autoencoder", 4), ("denoiser", 4), ("mixed", 2)]
     assert 0 <= lines[1]["prompt_fidelity"] <= 1
     assert lines[1]["held_out_loss"] > 0
     assert "skipwise zoo train tiny-dit --seed 3" in (tmp_path / "made" / "README.md").read_text()
     assert load_pipeline(tmp_path / "made").transformer.config.num_single_layers == 2
     code, _, err = skipwise("zoo", "train", "tiny-dit", "--parent", "tiny-ar")
     assert (code, "starts from nothing" in err) == (2, True)
+
+
+def test_the_embedded_model() -> None:
+    """A stock pipeline of at most 16 MB, made by the recipe, that paints what most prompts say."""
+    found = pipeline_folder("tiny-dit")
+    assert sum(path.stat().st_size for path in found.rglob("*")) <= 16e6
+    assert {path.suffix for path in found.rglob("*") if path.is_file()} == {".json", ".jsonl", ".md", ".safetensors"}
+    head, *_, last = [json.loads(line) for line in (found / "train.jsonl").read_text().splitlines()]
+    assert head["recipe"] == json.loads(json.dumps(asdict(PICTURE_RECIPES["tiny-dit"])))
+    assert (head["seed"], last["step"]) == (0, PICTURE_RECIPES["tiny-dit"].mixed_steps)
+    transformer, tokenizer = sw.load("tiny-dit")
+    assert (transformer.dtype, tokenizer) == (torch.float32, None)
+    asked = [
+        "a photo of a red sneaker on a blue background",
+        "a large green coat on a striped white background",
+        "a small yellow bag on a black background",
+        "a picture of an orange dress on a purple background",
+    ]
+    painted = paint(load_pipeline(found), asked, seed=0)
+    assert np.mean([fidelity(pixels, prompt) for pixels, prompt in zip(painted, asked, strict=True)]) >= 0.75

@@ -69,7 +69,9 @@ class PictureRecipe:
     double_blocks, single_blocks, heads, head_width: of the transformer. text_width, text_blocks: of both text encoders,
     of which each reads `length` tokens. vae_widths: channels at 64, 32 and 16 pixels. The autoencoder is trained
     first, `vae_steps` batches of `vae_batch`. shift: of the noise levels that are trained and sampled, above 1 more of
-    high ones (arXiv 2403.03206, eq. 23). dropout: share of captions that are emptied, so that guidance works.
+    high ones (arXiv 2403.03206, eq. 23). mixed_steps: at the end, at a third of the learning rate, every other one of
+    crops at half of the resolution, so that the model knows more than one, as large ones do. dropout: share of captions
+    that are emptied, so that guidance works.
     average: decay of the moving average of the weights, which is what is kept.
     """
 
@@ -91,6 +93,7 @@ class PictureRecipe:
     warmup: int = 100
     decay_from: float = 0.6
     shift: float = 3.0
+    mixed_steps: int = 1200
     dropout: float = 0.1
     average: float = 0.999
 

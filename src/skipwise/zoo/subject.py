@@ -42,7 +42,10 @@ class SubjectPicture:
 
 
 def folder() -> Path:
-    """The folder of the five pictures and their masks, nothing else in it: what `skipwise finetune --images` takes."""
+    """The folder of the five pictures, masks and captions, nothing else in it: what `skipwise finetune --images` takes.
+
+    Captions say the background, so that it is not taken for a part of the subject.
+    """
     return Path(str(files("skipwise.zoo").joinpath("subject_pictures", "images")))
 
 
@@ -65,12 +68,13 @@ def caption(scene: Scene) -> str:
 
 
 def write_subject(target: Path) -> Path:
-    """Compose the pictures and their masks and write them to `target`."""
+    """Compose the pictures and write them with masks and captions to `target`."""
     target.mkdir(parents=True, exist_ok=True)
     for number, scene in enumerate(SCENES, 1):
         picture = compose(scene, "t10k")
         picture.image.save(target / f"{number}.png", optimize=True)
         Image.fromarray((picture.mask * 255).round().astype(np.uint8)).save(target / f"{number}.mask.png")
+        (target / f"{number}.txt").write_text(caption(scene) + "\n", encoding="utf-8")
     return target
 
 

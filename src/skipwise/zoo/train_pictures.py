@@ -29,7 +29,7 @@ from skipwise.zoo.train import schedule, update
 
 Report = Callable[[nn.Module], dict[str, float]]
 
-AUTOENCODER, DENOISER, HELD_OUT = range(3)  # what a random stream is for
+AUTOENCODER, DENOISER, HELD_OUT, MIXED = range(4)  # what a random stream is for
 
 
 def pictures(
@@ -175,6 +175,18 @@ def transformer_blocks(model: TextToImage) -> list[nn.Module]:
     return [*model.transformer.transformer_blocks, *model.transformer.single_transformer_blocks]
 
 
+def crops(pixels: Tensor, generator: torch.Generator) -> Tensor:
+    """Squares of half the side to all of it, at random places, made half as large as the pictures."""
+    whole = pixels.shape[-1]
+    found = []
+    for picture in pixels:
+        side = int(torch.randint(whole // 2, whole + 1, (), generator=generator))
+        top, left = (int(torch.randint(whole - side + 1, (), generator=generator)) for _ in range(2))
+        window = picture[None, :, top : top + side, left : left + side]
+        found.append(F.interpolate(window, (whole // 2, whole // 2), mode="bilinear", antialias=True))
+    return torch.cat(found)
+
+
 def train_denoiser(
     output: Path,
     seed: int,
@@ -185,19 +197,47 @@ def train_denoiser(
     every: int = 200,
     stop_after: int | None = None,
 ) -> TextToImage:
-    """The trained text encoders and transformer: the moving average of their weights."""
+    """The trained text encoders and transformer: the moving average of their weights, at full resolution alone, and
+    then with crops.
+    """
     torch.manual_seed(seed)
     model = TextToImage(recipe)
-    stage = Stage("denoiser", output, model, recipe, build_optimizers(model, recipe.learning_rate))
+    fit = (output, seed, recipe, autoencoder, compile_blocks, evaluate, every, stop_after)
+    stage = _fit_denoiser("denoiser", model, *fit)
+    if stage.step < recipe.steps or not recipe.mixed_steps:
+        return cast(TextToImage, stage.average.module.eval())
+    rate = recipe.learning_rate / 3
+    mixed = replace(recipe, steps=recipe.mixed_steps, learning_rate=rate, decay_from=0.4)
+    model.load_state_dict(stage.average.module.state_dict())
+    stage = _fit_denoiser("mixed", model, output, seed, mixed, *fit[3:])
+    return cast(TextToImage, stage.average.module.eval())
+
+
+def _fit_denoiser(
+    name: str,
+    model: TextToImage,
+    output: Path,
+    seed: int,
+    recipe: PictureRecipe,
+    autoencoder: Any,
+    compile_blocks: bool,
+    evaluate: Report | None,
+    every: int,
+    stop_after: int | None,
+) -> Stage:
+    stage = Stage(name, output, model, recipe, build_optimizers(model, recipe.learning_rate))
+    stream = {"denoiser": DENOISER, "mixed": MIXED}[name]
     if compile_blocks:
         for block in transformer_blocks(model):
             block.compile()
 
     def loss(step: int) -> Tensor:
-        pixels, captions = pictures((seed, DENOISER, step), recipe.batch_size)
+        pixels, captions = pictures((seed, stream, step), recipe.batch_size)
         generator = torch.Generator().manual_seed(step)
         kept = torch.rand(len(captions), generator=generator) >= recipe.dropout
         captions = [text if keep else "" for text, keep in zip(captions, kept, strict=True)]
+        if name == "mixed" and step % 2:
+            pixels = crops(pixels, generator)
         with torch.autocast("cpu", torch.bfloat16):
             return flow_matching_loss(model, encode(autoencoder, pixels).float(), captions, generator, recipe.shift)
 
@@ -207,7 +247,7 @@ def train_denoiser(
             return {"held_out_loss": held_out} | (evaluate(average) if evaluate else {})
 
     stage.fit(loss, every, stop_after, report)
-    return cast(TextToImage, stage.average.module.eval())
+    return stage
 
 
 @torch.no_grad()
