@@ -4,7 +4,7 @@ BIN := .venv/bin
 PIP := $(BIN)/python -m pip install -q -c constraints.txt
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-slow lint reproduce-p1 reproduce-p2 bench smollm2 corpora pictures clean
+.PHONY: help demo test test-slow lint reproduce-p1 reproduce-p2 reproduce-p3 bench smollm2 corpora pictures clean
 .NOTPARALLEL:  # two pips must not write to one environment
 
 help:  ## Show the targets
@@ -30,6 +30,9 @@ reproduce-p1: .venv/.installed-dev smollm2  ## Make docs/results/p1.md anew (abo
 
 reproduce-p2: .venv/.installed-dev smollm2  ## Make docs/results/p2.md anew (about 45 minutes of two cores)
 	HF_HUB_OFFLINE=1 $(BIN)/python reproduce/run_p2.py
+
+reproduce-p3: .venv/.installed-dev  ## Make docs/results/p3.md anew (about 30 minutes of two cores)
+	HF_HUB_OFFLINE=1 $(BIN)/python reproduce/run_p3.py
 
 bench: .venv/.installed-dev  ## Timings, as ratios of two things measured in turns
 	$(BIN)/python benchmarks/skip_overhead.py

@@ -1,4 +1,4 @@
-"""What `make reproduce-p1` and `make reproduce-p2` have in common. Imports no torch: the studies need the memory."""
+"""What the commands `make reproduce-p1` to `-p3` have in common. Imports no torch: the studies need the memory."""
 
 import argparse
 import subprocess
