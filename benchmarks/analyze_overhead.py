@@ -21,6 +21,7 @@ import platform
 import statistics
 import time
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -29,7 +30,7 @@ from torch import nn
 import skipwise as sw
 from skipwise.analysis.run import Run
 from skipwise.analysis.samples import Batch, batches, tokenize
-from skipwise.benchmarking.timing import in_turns, ratio
+from skipwise.benchmarking.timing import in_turns, ratio, timed
 from skipwise.blocks import find_contract
 from skipwise.calibration import Text
 from skipwise.cost import price_blocks
@@ -106,7 +107,7 @@ def measure(
         return forwards(model, work)
 
     with torch.no_grad():
-        seconds = in_turns({"analysed": analysed, "plain": plain}, pairs, warmup, clock)
+        seconds = in_turns({"analysed": analysed, "plain": plain}, pairs, warmup, partial(timed, clock=clock))
     return {
         "model": name,
         "parts": ",".join(parts),

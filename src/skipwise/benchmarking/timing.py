@@ -3,6 +3,7 @@
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
@@ -36,19 +37,23 @@ def timed(call: Callable[[], object], clock: Callable[[], float] = time.perf_cou
 
 
 def in_turns(
-    calls: Mapping[str, Callable[[], object]],
+    calls: Mapping[str, Callable[[], Any]],
     rounds: int,
     warmup: int = 0,
-    clock: Callable[[], float] = time.perf_counter,
+    measure: Callable[[Callable[[], Any]], float] = timed,
+    on_round: Callable[[int], None] | None = None,
 ) -> dict[str, list[float]]:
     """Seconds of every call in each of `rounds` rounds, by its name; the order alternates from round to round.
 
-    warmup: rounds before, not in the result.
+    warmup: rounds before, not in the result. measure: calls it and says what it took, by default by the clock.
+    on_round: told each round's number before it.
     """
     seconds: dict[str, list[float]] = {name: [] for name in calls}
     for number in range(warmup + rounds):
-        for name in calls if number % 2 else reversed(calls):
-            took = timed(calls[name], clock)
+        if on_round is not None:
+            on_round(number)
+        for name in list(calls)[:: 1 if number % 2 else -1]:
+            took = measure(calls[name])
             if number >= warmup:
                 seconds[name].append(took)
     return seconds

@@ -1,0 +1,42 @@
+"""The ways to decode that are timed side by side: those that a model and a sampler can do."""
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import nn
+
+from skipwise.models import kind_of
+from skipwise.plan import Plan
+from skipwise.sampling import FAMILIES
+
+THRESHOLD = 0.9  # the default of Fast-dLLM's evaluation
+EXACT = "exact"  # the mode that the others are compared with
+BLOCKS = "llada"  # the family whose sampler decodes block by block, with thresholds
+
+
+@dataclass(frozen=True)
+class Mode:
+    """A name, what `skipwise.generate` is told, and whether the tokens are meant to be those of exact decoding."""
+
+    name: str
+    settings: dict[str, Any] = field(default_factory=dict)
+    plan: Plan | None = None
+    exact: bool = False
+
+
+def modes(model: nn.Module, family: str, plan: Plan | None = None, threshold: float = THRESHOLD) -> list[Mode]:
+    """Exact decoding first, then each approximation without and with the plan."""
+    ways: list[tuple[str, dict[str, Any]]] = [(EXACT, {})]
+    if family == BLOCKS:
+        ways.append(("threshold", {"threshold": threshold}))
+    found = [Mode(name, settings, exact=not settings) for name, settings in ways]
+    if plan is not None:
+        found += [Mode(f"{name} + plan" if settings else "plan", settings, plan) for name, settings in ways]
+    return found
+
+
+def family_for(model: nn.Module, wanted: str | None) -> str:
+    """The sampler: what was asked for, or LLaDA's, which runs on every masked diffusion model, or `autoregressive`."""
+    if kind_of(model) != "masked diffusion":
+        return "autoregressive"
+    return wanted if wanted in FAMILIES else BLOCKS
