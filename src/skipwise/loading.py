@@ -167,7 +167,10 @@ def pipeline_folder(name: str, revision: str | None = None) -> Path:
 
 def _from_hub(name: str, revision: str | None, weights: bool) -> Source:
     if name in preset_names():
-        raise UserError(f"{name} is a preset, a config without weights; use it with `skipwise inspect` or `skipwise bench --random-weights`.")
+        raise UserError(
+            f"{name} is a preset, a config without weights; use it with `skipwise inspect` or with "
+            "`skipwise bench --random-weights`."
+        )
     if name.count("/") != 1 or name.startswith((".", "/", "~")):
         known = [*embedded_names(), *FETCHED, *preset_names()]
         problem = str(unknown("model", name, known))
