@@ -60,3 +60,20 @@ def test_the_page_is_made_of_the_json_alone(quick: Path, tmp_path: Path) -> None
     assert len([line for line in text.splitlines() if line.startswith("| ")]) == 2 * 5 + sum(
         map(len, result["sections"].values())
     )
+
+
+def test_the_gpu_script_runs_tiny(tmp_path: Path) -> None:
+    """Every contender without and with the plan; exact decoding gives the official loop's tokens, plan or not."""
+    path = tmp_path / "llada8b.json"
+    out = run("gpu/llada8b.py", "--tiny", "--rounds", "1", "-o", str(path))
+    result = json.loads(path.read_text(encoding="utf-8"))
+    assert json.loads(out.splitlines()[-1]) == result
+    (workload,) = result["workloads"]
+    rows = workload["rows"]
+    assert {"official loop", "ours, exact", "official loop + plan", "ours, exact + plan"} <= set(rows)
+    assert rows["ours, exact"]["equal_to_official"] == 1
+    assert rows["ours, exact + plan"]["equal_to_official"] == rows["official loop + plan"]["equal_to_official"] < 1
+    for name, row in rows.items():
+        assert row["forwards"] >= 16
+        assert 0 < row["share_of_matrix_rate"] < 2
+        assert row["tokens_per_second"] == pytest.approx(128 / row["seconds"], rel=0.01), name

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from skipwise.models.llada import LLaDA
     from skipwise.models.mdlm import MDLM
 
-__all__ = ["MDLM", "Dream", "Kind", "LLaDA", "end_of_text", "kind_of", "mask_token"]
+__all__ = ["MDLM", "Dream", "Kind", "LLaDA", "end_of_text", "head_of", "kind_of", "mask_token"]
 
 # the classes by the papers' names, imported when first used
 _CLASSES = {"LLaDA": ("llada", "LLaDAModelLM"), "Dream": ("dream", "DreamModel"), "MDLM": ("mdlm", "MDLM")}
