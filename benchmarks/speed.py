@@ -26,7 +26,7 @@ import json
 import statistics
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import product
@@ -44,7 +44,7 @@ from skipwise.benchmarking.machine import machine
 from skipwise.benchmarking.timing import in_turns, ratio
 from skipwise.blocks import find_contract
 from skipwise.calibration import Calibration
-from skipwise.cost import estimate
+from skipwise.cost import estimate, price_blocks
 from skipwise.evaluation import calibration_texts
 from skipwise.examples import Size
 from skipwise.files import write_atomically
@@ -76,26 +76,32 @@ class Prompts:
     mask: Tensor | None = None
 
 
-def compare(plain: Run, ours: Run, pairs: int, facts: Row) -> Row:
-    """A row of both; `facts` are what they have in common."""
+def compare(plain: Run, ours: Sequence[Run], pairs: int, facts: Row, warmup: int = 1) -> Iterator[Row]:
+    """A row for each of ours, all in the same rounds as `plain`; `facts` are what they have in common."""
     tokens = {}
 
     def run(which: Run) -> None:
         tokens[which.name] = which.call()[:, facts["prompt"] :]
 
-    seconds = in_turns({which.name: partial(run, which) for which in (plain, ours)}, pairs, warmup=1)
-    equal = tokens[plain.name] == tokens[ours.name]
-    row = {
-        **facts,
-        "plain": plain.name,
-        "ours": ours.name,
-        **ratio(seconds[plain.name], seconds[ours.name]).rounded(),
-        "plain_seconds": round(statistics.median(seconds[plain.name]), 4),
-        "our_seconds": round(statistics.median(seconds[ours.name]), 4),
-        "equal_tokens": round(float(equal.double().mean()), 4),
-    }
-    print("{model}, {batch} x {prompt}+{gen}: {ours} {ratio} times as fast as {plain}".format(**row), flush=True)
-    return row
+    seconds = in_turns({which.name: partial(run, which) for which in (plain, *ours)}, pairs, warmup)
+    for name in (which.name for which in ours):
+        row = {
+            **facts,
+            "plain": plain.name,
+            "ours": name,
+            **ratio(seconds[plain.name], seconds[name]).rounded(),
+            "plain_seconds": round(statistics.median(seconds[plain.name]), 4),
+            "our_seconds": round(statistics.median(seconds[name]), 4),
+            "equal_tokens": round(float((tokens[plain.name] == tokens[name]).double().mean()), 4),
+        }
+        yield row
+
+
+def said(row: Row) -> str:
+    """A row in one line."""
+    if "ours" in row:
+        return "{model}, {batch} x {prompt}+{gen}: {ours} {ratio} times as fast as {plain}".format(**row)
+    return "{model}: {ratio}, {what}".format(**row)
 
 
 def official(model: nn.Module, family: str, prompts: Prompts, settings: dict[str, Any]) -> Run:
@@ -142,7 +148,9 @@ OWN = {"dream": {"alg": "maskgit_plus"}, "mdlm": {}}  # our own defaults, where 
 CASES = [(1, 32, False), (16, 8, False), (16, 32, True)]  # batch, new tokens, padded
 
 
-def against_official(name: str, model: Any, prompts: Prompts, gen: int, steps: int, pairs: int) -> Iterator[Row]:
+def against_official(
+    name: str, model: Any, prompts: Prompts, gen: int, steps: int, pairs: int, warmup: int = 1
+) -> Iterator[Row]:
     """Our decoding against the official loop: to the same tokens, and by our own default."""
     family = model.family
     given = {"gen_length": gen, "steps": steps}
@@ -150,10 +158,11 @@ def against_official(name: str, model: Any, prompts: Prompts, gen: int, steps: i
         given["block_length"] = 32
     theirs, same = GREEDY[family]
     plain = official(model, family, prompts, given | theirs)
-    facts = facts_of(name, prompts, gen, steps)
-    yield compare(plain, ours("same tokens", model, prompts, **given, **same), pairs, facts)
+    found = [ours("same tokens", model, prompts, **given, **same)]
     if family in OWN:
-        yield compare(plain, ours("our default", model, prompts, **given, **OWN[family]), pairs, facts)
+        found.append(ours("our default", model, prompts, **given, **OWN[family]))
+    price_blocks(model, Size(tokens=prompts.ids.shape[1] + gen))  # for the accounts; once a length
+    yield from compare(plain, found, pairs, facts_of(name, prompts, gen, steps), warmup)
 
 
 def zoo(options: argparse.Namespace) -> Iterator[Row]:
@@ -202,11 +211,11 @@ def random_prompts(batch: int, length: int) -> Prompts:
     return Prompts(torch.randint(900, (batch, length), generator=torch.Generator().manual_seed(0)))
 
 
-# shape -> builder, (batch, prompt, new tokens, steps) of its rows
+# shape -> builder, and (batch, prompt, new tokens, steps) of its rows
 SHAPES: dict[str, tuple[Callable[[bool], Any], list[tuple[int, int, int, int]]]] = {
-    "LLaDA shape": (llada_shape, [(1, 128, 128, 16), (1, 128, 256, 16), (4, 128, 128, 8), (4, 128, 256, 8)]),
+    "LLaDA shape": (llada_shape, [(1, 128, 128, 16), (1, 128, 256, 16), (4, 128, 128, 4), (4, 128, 256, 8)]),
     "Dream shape": (dream_shape, [(1, 128, 64, 8)]),
-    "MDLM shape": (mdlm_shape, [(1, 0, 128, 16), (4, 0, 128, 16)]),
+    "MDLM shape": (mdlm_shape, [(1, 128, 128, 16), (4, 128, 128, 8)]),
 }
 SMALL = [(2, 8, 64, 4)]
 
@@ -215,9 +224,10 @@ def shapes(options: argparse.Namespace) -> Iterator[Row]:
     """Random weights, published vocabularies."""
     for name, (build, cases) in SHAPES.items():
         model = build(options.quick)
+        list(against_official(name, model, random_prompts(1, 8), 32, 1, 1, warmup=0))  # sets all up; in no row
         for batch, prompt, gen, steps in SMALL if options.quick else cases:
             prompts = random_prompts(batch, prompt)
-            yield from against_official(name, model, prompts, gen, steps, options.pairs or 3)
+            yield from against_official(name, model, prompts, gen, steps, options.pairs or 3, warmup=0)
 
 
 # Under a plan, and approximations
@@ -247,12 +257,11 @@ def plan(options: argparse.Namespace) -> Iterator[Row]:
     for (gen, steps), (mode, more) in product(cases, modes_of(model).items()):
         given = {"gen_length": gen, "steps": steps, "block_length": 32, **more}
         stats = [sw.generate(model, prompts.ids, plan=p, stop_at_eos=False, **given).stats for p in (chosen, None)]
-        runs = (
-            ours(f"{mode}, all blocks", model, prompts, **given),
-            ours(f"{mode}, 6 of 8", model, prompts, plan=chosen, **given),
-        )
+        whole = ours(f"{mode}, all blocks", model, prompts, **given)
+        fewer = ours(f"{mode}, 6 of 8", model, prompts, plan=chosen, **given)
+        (row,) = compare(whole, [fewer], options.pairs or 5, facts_of("LLaDA shape", prompts, gen, steps), warmup=0)
         yield {
-            **compare(*runs, options.pairs or 5, facts_of("LLaDA shape", prompts, gen, steps)),
+            **row,
             **block_ratio(model, chosen, 128 + gen),
             "left_flops_as_happened": round(stats[0].all_in_flops / stats[1].all_in_flops, 4),
         }
@@ -266,20 +275,20 @@ def modes(options: argparse.Namespace) -> Iterator[Row]:
         given = {"gen_length": 7, "family": "llada"}
         exact = ours("exact", model, prompts, **given)
         threshold = ours("threshold 0.9", model, prompts, threshold=0.9, **given)
-        yield compare(exact, threshold, options.pairs or 7, facts_of(name, prompts, 7, 7))
+        yield from compare(exact, [threshold], options.pairs or 7, facts_of(name, prompts, 7, 7))
     yield from caches(options)
 
 
 def caches(options: argparse.Namespace) -> Iterator[Row]:
-    """Each cache against exact decoding, at one token a step."""
+    """Each cache against exact decoding, at one token a step, all in one round: exact decoding takes a minute."""
     model, gen = llada_shape(options.quick), 64 if options.quick else 256
     prompts = random_prompts(1, 128)
-    given = {"gen_length": gen, "block_length": 32}
-    exact = ours("exact", model, prompts, **given)
-    for mode, more in modes_of(model).items():
-        if more:
-            run = ours(mode, model, prompts, **given, **more)
-            yield compare(exact, run, options.pairs or 1, facts_of("LLaDA shape", prompts, gen, gen))
+    found = modes_of(model)
+    for more in found.values():  # sets all up
+        sw.generate(model, prompts.ids, gen_length=32, steps=2, **more)
+    runs = [ours(mode, model, prompts, gen_length=gen, block_length=32, **more) for mode, more in found.items()]
+    facts = facts_of("LLaDA shape", prompts, gen, gen)
+    yield from compare(runs[0], runs[1:], options.pairs or 1, facts, warmup=0)
 
 
 # What else has to be quick
@@ -301,7 +310,7 @@ def greedy(name: str, skip: int, texts: int) -> Row:
     model, tokenizer = sw.load(name)
     calibration = Calibration.of(model, tokenizer, calibration_texts(tokenizer, texts))
     search = Search(calibration, find_contract(model).main_stack)
-    chosen = list(search.first(skip))
+    list(search.first(skip))
     rounds = range(skip)
     naive = len(search.batches) * sum((search.length - gone) * (search.length - gone - 1) for gone in rounds)
     row = {
@@ -311,7 +320,6 @@ def greedy(name: str, skip: int, texts: int) -> Row:
         "blocks": search.length,
     }
     row |= {"evaluated": search.evaluated, "naive": naive, "ratio": round(search.evaluated / naive, 4)}
-    print(f"{name}: greedy, {len(chosen)} of {search.length} blocks: {row['ratio']} of the naive block evaluations")
     return row
 
 
@@ -340,6 +348,7 @@ def main() -> None:
         rows = result["sections"][section] = []
         for row in SECTIONS[section](options):
             rows.append(row)
+            print(said(row), flush=True)
             result["minutes"] = round((time.perf_counter() - began) / 60, 2)
             if options.output:
                 write_atomically(options.output, json.dumps(result, indent=1) + "\n")
