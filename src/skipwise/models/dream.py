@@ -94,21 +94,24 @@ class DreamModel(Bidirectional, Qwen2ForCausalLM):
     ) -> CausalLMOutputWithPast:
         """The logits of position p are made from the state at p - 1; a row's first token keeps its own.
 
-        logits_to_keep: positions to predict, as an index (positions,), or the last n of them; 0 is all.
+        logits_to_keep: positions to predict, as an index (positions,), or the last n of them; 0 is all. With
+        past_key_values, positions are those of the window that runs; its first one keeps its own state.
         Rotary positions count the padding too: attention sees differences of positions only, so that a left-padded
         row gives what it gives alone.
         """
+        past = kwargs.get("past_key_values")
+        begin = 0 if past is None else past.get_seq_length()
         outputs = self.model(input_ids, attention_mask=attention_mask, **kwargs)
         states = outputs.last_hidden_state
-        index = _shifted(logits_to_keep, attention_mask, states)
+        index = _shifted(logits_to_keep, attention_mask, states, begin)
         logits = self.lm_head(states.gather(1, index[..., None].expand(-1, -1, states.shape[2])))
         return CausalLMOutputWithPast(
             logits=cast(Any, logits), hidden_states=outputs.hidden_states, attentions=outputs.attentions
         )
 
 
-def _shifted(logits_to_keep: int | Tensor, attention_mask: Tensor | None, states: Tensor) -> Tensor:
-    """(batch, positions): index of the state that predicts each position that is asked for."""
+def _shifted(logits_to_keep: int | Tensor, attention_mask: Tensor | None, states: Tensor, begin: int) -> Tensor:
+    """(batch, positions): index of the state that predicts each position that is asked for; they count from `begin`."""
     batch, length, _ = states.shape
     if not isinstance(logits_to_keep, Tensor):
         logits_to_keep = torch.arange(length - (logits_to_keep or length), length, device=states.device)
@@ -117,4 +120,5 @@ def _shifted(logits_to_keep: int | Tensor, attention_mask: Tensor | None, states
     before = (logits_to_keep - 1).expand(batch, -1)
     if attention_mask is None or attention_mask.ndim != 2:
         return before.clamp_min(0)
-    return before.maximum(attention_mask.argmax(1, keepdim=True))  # left of the first token there is only padding
+    first = attention_mask.argmax(1, keepdim=True) - begin  # left of the first token there is only padding
+    return before.maximum(first.clamp_min(0))
