@@ -15,12 +15,13 @@ a forward of everything, in a model (under its plan) of one block, where every b
   last are run once more with the next block instead, so that no mask stays stored in their place.
 """
 
+from collections.abc import Iterable
 from typing import Any, Literal, get_args
 
 from torch import Tensor, nn
 from transformers import Cache
 
-from skipwise.errors import UserError
+from skipwise.errors import UserError, unknown
 from skipwise.models.bidirectional import Bidirectional
 
 Kind = Literal["prefix", "dual", "interval"]
@@ -123,10 +124,26 @@ class Windows:
         return self._late, self.block.stop
 
 
-def check_cacheable(model: nn.Module, kind: Kind) -> None:
-    """Raise UserError when the model's attention cannot take stored keys and values."""
-    if not isinstance(model, Bidirectional):
-        raise UserError(
-            f"{type(model).__name__} cannot decode with cache={kind!r}: its attention takes no past_key_values; "
-            "leave cache out or use a native LLaDA or Dream model."
-        )
+def check_cache(kind: str | None, refresh: int | None, prompt_refresh: int | None, compat: str | None) -> None:
+    """Raise UserError for settings of a cache that do not go together."""
+    if kind is not None and kind not in KINDS:
+        raise unknown("cache", kind, KINDS)
+    if kind and compat:
+        raise UserError(f"compat={compat!r} repeats the official code, which has no cache; leave out cache={kind!r}.")
+    if refresh is not None and kind is None:
+        raise UserError(f"refresh={refresh} refreshes a cache; choose one of {', '.join(KINDS)} or leave it out.")
+    if prompt_refresh is not None and kind != "interval":
+        raise UserError(f"prompt_refresh={prompt_refresh} is of cache='interval'; cache is {kind!r}.")
+    for name, every in (("refresh", refresh), ("prompt_refresh", prompt_refresh)):
+        if every is not None and every < 1:
+            raise UserError(f"{name}={every}; a cache is refreshed every 1 or more steps.")
+
+
+def check_cacheable(models: Iterable[nn.Module], kind: Kind) -> None:
+    """Raise UserError for a model whose attention cannot take stored keys and values."""
+    for model in models:
+        if not isinstance(model, Bidirectional):
+            raise UserError(
+                f"{type(model).__name__} cannot decode with cache={kind!r}: its attention takes no past_key_values; "
+                "leave cache out or use a native LLaDA or Dream model."
+            )

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from skipwise.errors import UserError
 from skipwise.models import end_of_text
+from skipwise.sampling.cache import Kind, Windows, check_cache
 from skipwise.sampling.canvas import Canvas, Settings, commit_above, commit_top, transfer_quotas
 from skipwise.sampling.denoiser import Denoiser, Step
 from skipwise.sampling.noise import Noise
@@ -31,6 +32,8 @@ class LLaDASettings(Settings):
     cfg_scale: classifier-free guidance, z_u + (cfg_scale + 1) (z - z_u), where z_u are the logits with the prompt
     masked; a step then runs twice the rows. logits_eos_inf: never choose the end of text; confidence_eos_eot_inf:
     choose it last of all (under compat the official code's version, which at a temperature forgets the end of text).
+    cache: "prefix", "dual" or "interval", an approximation that does not run all positions at every step, with refresh
+    and prompt_refresh, in steps that are run (`skipwise.sampling.cache`); None is exact.
     """
 
     block_length: int | None = None
@@ -40,6 +43,9 @@ class LLaDASettings(Settings):
     cfg_scale: float = 0.0
     logits_eos_inf: bool = False
     confidence_eos_eot_inf: bool = False
+    cache: Kind | None = None
+    refresh: int | None = None
+    prompt_refresh: int | None = None
 
     family: ClassVar[str] = "llada"
 
@@ -48,6 +54,7 @@ class LLaDASettings(Settings):
         self.one_of("remasking", ("low_confidence", "random"))
         self.at_least_zero("temperature", "0 is greedy, 1 is the model's distribution")
         self.at_least_zero("cfg_scale", "0 is without guidance")
+        check_cache(self.cache, self.refresh, self.prompt_refresh, self.compat)
         if self.threshold is None:
             return
         if not 0 < self.threshold <= 1:
