@@ -10,17 +10,17 @@ def agreement(approximate: Tensor, exact: Tensor, prompt_length: int, eos_token_
     """The share of tokens at which two decodings of the same prompts are equal, over all rows.
 
     approximate, exact: (batch, length), as `generate` returns them; the first `prompt_length` positions do not count.
-    eos_token_id: a row is compared as far as either decoding goes, up to and with its first end of text; None compares
-    all positions. 1 says that the texts are the same. A text that differs early usually differs from there on, so that
-    this is a harsher figure than a task's score. Raises UserError for decodings of different shapes.
+    eos_token_id: a row's text goes up to and with its first end of text, and what only the longer text has is unequal;
+    None compares all positions. 1 says that the texts are the same. A text that differs early often differs from there
+    on: this is a harsher figure than a task's score. Raises UserError for decodings of different shapes.
     """
     if approximate.shape != exact.shape:
         raise UserError(f"Decodings of {tuple(approximate.shape)} and {tuple(exact.shape)} tokens are not of one batch.")
     one, other = approximate[:, prompt_length:], exact[:, prompt_length:]
     if one.shape[1] < 1:
         raise UserError(f"prompt_length={prompt_length} leaves none of {exact.shape[1]} positions to compare.")
-    counted = _text(one, eos_token_id) | _text(other, eos_token_id)
-    return float(((one == other) & counted).sum() / counted.sum())
+    mine, theirs = _text(one, eos_token_id), _text(other, eos_token_id)
+    return int(((one == other) & mine & theirs).sum()) / int((mine | theirs).sum())
 
 
 def _text(tokens: Tensor, eos: int | None) -> Tensor:

@@ -18,11 +18,11 @@ a forward of everything, in a model (under its plan) of one block, where every b
 from collections.abc import Iterable
 from typing import Any, Literal, get_args
 
+import torch
 from torch import Tensor, nn
 from transformers import Cache
 
 from skipwise.errors import UserError, unknown
-from skipwise.models.bidirectional import Bidirectional
 
 Kind = Literal["prefix", "dual", "interval"]
 KINDS: tuple[Kind, ...] = get_args(Kind)
@@ -58,6 +58,12 @@ class Stored(Cache):
     def get_mask_sizes(self, query_length: int, layer_idx: int) -> tuple[int, int]:
         """How many positions the window sees, and the first of them."""
         return self.length, 0
+
+    def local(self, where: Tensor | None) -> Tensor | None:
+        """Positions of the sequences, a bool (rows, length) or numbers (rows, k), as those of the window."""
+        if where is None or where.dtype != torch.bool:
+            return None if where is None else where - self.window.start
+        return where[:, self.window]
 
     def keep(self, rows: Tensor) -> None:
         """Drop all rows but these: indices (kept,) or a bool (rows,)."""
@@ -142,8 +148,8 @@ def check_cache(kind: str | None, refresh: int | None, prompt_refresh: int | Non
 def check_cacheable(models: Iterable[nn.Module], kind: Kind) -> None:
     """Raise UserError for a model whose attention cannot take stored keys and values."""
     for model in models:
-        if not isinstance(model, Bidirectional):
+        if not getattr(model, "takes_cache", False):
             raise UserError(
-                f"{type(model).__name__} cannot decode with cache={kind!r}: its attention takes no past_key_values; "
-                "leave cache out or use a native LLaDA or Dream model."
+                f"{type(model).__name__} cannot decode with cache={kind!r}: its attention takes no stored keys; "
+                "leave cache out, or load it as one of the native models (LLaDA, Dream, MDLM)."
             )
