@@ -23,6 +23,11 @@ def kind_of(model: nn.Module) -> Kind:
     return "encoder"
 
 
+def head_of(model: nn.Module) -> nn.Module | None:
+    """What makes logits of a model's states, where the model gives both (`states`, `head`), as our own models do."""
+    return model.head if hasattr(model, "states") else None  # type: ignore[return-value]
+
+
 def end_of_text(model: nn.Module) -> int | None:
     """The id of the token that ends a text, the first where the config has several; None when it has none."""
     token = getattr(model.config, "eos_token_id", None)

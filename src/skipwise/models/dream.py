@@ -13,7 +13,7 @@ from transformers import Qwen2Config, Qwen2ForCausalLM
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from skipwise.errors import UserError
-from skipwise.models.bidirectional import Bidirectional
+from skipwise.models.bidirectional import Bidirectional, Where, kept
 from skipwise.models.official import check_official
 
 ONLY_SUPPORTED = {"use_sliding_window": False, "hidden_act": "silu", "rope_scaling": None, "use_mrope": False}
@@ -94,31 +94,44 @@ class DreamModel(Bidirectional, Qwen2ForCausalLM):
     ) -> CausalLMOutputWithPast:
         """The logits of position p are made from the state at p - 1; a row's first token keeps its own.
 
-        logits_to_keep: positions to predict, as an index (positions,), or the last n of them; 0 is all. With
-        past_key_values, positions are those of the window that runs; its first one keeps its own state.
+        logits_to_keep: positions to predict, as an index (positions,), as one for each row (batch, positions), or as a
+        bool mask (batch, length), whose logits are (n, vocab_size), row by row; or the last n of them; 0 is all.
         Rotary positions count the padding too: attention sees differences of positions only, so that a left-padded
         row gives what it gives alone.
         """
-        past = kwargs.get("past_key_values")
-        begin = 0 if past is None else past.get_seq_length()
         outputs = self.model(input_ids, attention_mask=attention_mask, **kwargs)
         states = outputs.last_hidden_state
-        index = _shifted(logits_to_keep, attention_mask, states, begin)
-        logits = self.lm_head(states.gather(1, index[..., None].expand(-1, -1, states.shape[2])))
+        logits = self.lm_head(_shifted(states, _positions(logits_to_keep, states), attention_mask))
         return CausalLMOutputWithPast(
             logits=cast(Any, logits), hidden_states=outputs.hidden_states, attentions=outputs.attentions
         )
 
+    def states(
+        self, input_ids: Tensor, attention_mask: Tensor | None = None, where: Where | None = None, **others: Any
+    ) -> Tensor:
+        """What the head makes logits of: (batch, length, width), or at `where` alone; the shift is in it."""
+        states = self._run(input_ids, attention_mask, **others)
+        return _shifted(states, _positions(0, states) if where is None else where, attention_mask)
 
-def _shifted(logits_to_keep: int | Tensor, attention_mask: Tensor | None, states: Tensor, begin: int) -> Tensor:
-    """(batch, positions): index of the state that predicts each position that is asked for; they count from `begin`."""
+
+def _positions(logits_to_keep: int | Tensor, states: Tensor) -> Tensor:
+    """(batch, positions), or a mask (batch, length) as it is."""
     batch, length, _ = states.shape
     if not isinstance(logits_to_keep, Tensor):
         logits_to_keep = torch.arange(length - (logits_to_keep or length), length, device=states.device)
-    if logits_to_keep.ndim != 1 or logits_to_keep.dtype == torch.bool:
-        raise UserError("Dream takes logits_to_keep as a number or as a one-dimensional index of positions.")
-    before = (logits_to_keep - 1).expand(batch, -1)
-    if attention_mask is None or attention_mask.ndim != 2:
-        return before.clamp_min(0)
-    first = attention_mask.argmax(1, keepdim=True) - begin  # left of the first token there is only padding
-    return before.maximum(first.clamp_min(0))
+    if logits_to_keep.ndim == 1 and logits_to_keep.dtype != torch.bool:
+        return logits_to_keep.expand(batch, -1)
+    if logits_to_keep.ndim != 2:
+        raise UserError("Dream takes logits_to_keep as a number, an index of positions, or a mask of all positions.")
+    return logits_to_keep
+
+
+def _shifted(states: Tensor, where: Where, attention_mask: Tensor | None) -> Tensor:
+    """The states that predict what is at `where` (see `kept`): one to the left of each position."""
+    first = torch.zeros(len(states), 1, dtype=torch.long, device=states.device)
+    if attention_mask is not None:  # left of a row's first token there is only padding
+        first = attention_mask.reshape(len(states), -1).int().argmax(1, keepdim=True)
+    if isinstance(where, Tensor) and where.dtype != torch.bool:
+        return kept(states, (where - 1).maximum(first))
+    rows, positions = where if isinstance(where, tuple) else where.nonzero(as_tuple=True)
+    return states[rows, (positions - 1).maximum(first[rows, 0])]

@@ -14,6 +14,7 @@ from torch.nn import functional as F
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.modeling_outputs import MaskedLMOutput
 
+from skipwise.models.bidirectional import Where, kept
 from skipwise.models.official import check_official
 
 FREQUENCIES = 256  # of the sinusoidal embedding of sigma
@@ -143,9 +144,13 @@ class _OutputLayer(nn.Module):
         self.linear = nn.Linear(config.hidden_dim, config.vocab_size)
         self.adaLN_modulation = nn.Linear(config.cond_dim, 2 * config.hidden_dim)
 
-    def forward(self, x: Tensor, conditioning: Tensor) -> Tensor:
+    def states(self, x: Tensor, conditioning: Tensor) -> Tensor:
+        """What `linear` makes logits of."""
         shift, scale = self.adaLN_modulation(conditioning)[:, None].chunk(2, dim=-1)
-        return self.linear(_modulate(self.norm_final(x), shift, scale))
+        return _modulate(self.norm_final(x), shift, scale)
+
+    def forward(self, x: Tensor, conditioning: Tensor) -> Tensor:
+        return self.linear(self.states(x, conditioning))
 
 
 class MDLM(PreTrainedModel):
@@ -188,19 +193,41 @@ class MDLM(PreTrainedModel):
         nn.init.zeros_(linear.bias)
 
     def forward(
-        self, input_ids: Tensor, attention_mask: Tensor | None = None, sigma: Tensor | None = None
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None = None,
+        sigma: Tensor | None = None,
+        logits_to_keep: Tensor | int = 0,
     ) -> MaskedLMOutput:
-        """One forward; see the class for shapes."""
+        """One forward; see the class for shapes. logits_to_keep: a bool mask (batch, length), whose logits are (n,
+        vocab_size), row by row; positions (k,) or (batch, k); or the last n positions; 0 is all.
+        """
+        return MaskedLMOutput(logits=self.head(self.states(input_ids, attention_mask, logits_to_keep, sigma=sigma)))
+
+    def states(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None = None,
+        where: Where | int | None = None,
+        *,
+        sigma: Tensor | None = None,
+    ) -> Tensor:
+        """What the head makes logits of: (batch, length, hidden_dim), or at `where` alone."""
         x = self.vocab_embed(input_ids)
         if sigma is None or not self.config.time_conditioning:
             sigma = torch.zeros(len(input_ids), device=x.device)
         conditioning = F.silu(self.sigma_map(sigma))
         rotary = self._rotary(input_ids.shape[1], x.device)
-        if attention_mask is not None:
+        if attention_mask is not None and attention_mask.ndim == 2:
             attention_mask = attention_mask.bool()[:, None, None, :]
         for block in self.blocks:
             x = block(x, rotary, conditioning, attention_mask)
-        return MaskedLMOutput(logits=self.output_layer(x, conditioning))
+        return kept(self.output_layer.states(x, conditioning), where)
+
+    @property
+    def head(self) -> nn.Module:
+        """States (..., hidden_dim) -> logits (..., vocab_size)."""
+        return self.output_layer.linear
 
     def _rotary(self, length: int, device: torch.device) -> tuple[Tensor, Tensor]:
         width = self.config.hidden_dim // self.config.n_heads

@@ -1,4 +1,7 @@
-"""What forwards took, by model: FLOPs by formula, of the forwards that were really made."""
+"""What forwards took, by model: FLOPs by formula, of the forwards that were really made.
+
+The head is counted for the positions that it ran on, which are those that a token could be committed at.
+"""
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, fields
@@ -12,7 +15,8 @@ from skipwise.sampling.denoiser import Denoiser, Forward
 @dataclass(frozen=True)
 class Share:
     """forwards: calls; rows: sequences that they saw; FLOPs of the blocks alone and of all; whole_all_in_flops: what
-    the same forwards of the plan's own model would have taken with no block skipped.
+    the same forwards of the plan's own model, with logits at the same positions, would have taken with no block
+    skipped.
     """
 
     forwards: int = 0
@@ -35,10 +39,21 @@ def shares(forwards: Iterable[Forward], prices_of: Callable[[str | None, int], P
     for forward in forwards:
         name, cut, rows = forward.running.model, forward.running.cut, forward.rows
         prices, gone = prices_of(name, forward.tokens), (cut.skipped, cut.linear)
-        blocks, all_in = prices.of_blocks(*gone).flops, prices.forward(*gone).flops
-        whole = prices_of(None, forward.tokens).forward().flops
-        found[name] = found.get(name, Share()) + Share(1, rows, rows * blocks, rows * all_in, rows * whole)
+        blocks = rows * prices.of_blocks(*gone).flops
+        all_in = blocks + _outside(forward, prices)
+        own = prices_of(None, forward.tokens)
+        whole = rows * own.of_blocks().flops + _outside(forward, own)
+        found[name] = found.get(name, Share()) + Share(1, rows, blocks, all_in, whole)
     return found
+
+
+def _outside(forward: Forward, prices: Prices) -> int:
+    """FLOPs of all that is no block."""
+    whole = forward.rows * prices.outside.flops
+    if forward.predicted is None or not prices.head.flops:
+        return whole
+    unused = forward.rows * forward.tokens - forward.predicted
+    return whole - unused * prices.head.flops // forward.tokens
 
 
 def account(denoiser: Denoiser) -> Shares:

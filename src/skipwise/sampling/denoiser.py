@@ -3,13 +3,15 @@
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, cast
 
 from torch import Tensor, nn
 
-from skipwise.models import mask_token
+from skipwise.models import head_of, mask_token
+from skipwise.models.bidirectional import Where, kept
 from skipwise.plan import Plan
 from skipwise.sampling.others import load_others
+from skipwise.sampling.prediction import Prediction
 from skipwise.skipping import Cut, Skipping, cut_now, skip
 
 
@@ -37,11 +39,15 @@ class Running:
 
 @dataclass(frozen=True)
 class Forward:
-    """One call of a model as it happened: what ran, how many sequences it saw, and of how many tokens each."""
+    """One call of a model as it happened: what ran, how many sequences it saw, and of how many tokens each.
+
+    predicted: positions, of all rows together, that logits were made for; None is every one.
+    """
 
     running: Running
     rows: int
     tokens: int
+    predicted: int | None = None
 
 
 @dataclass
@@ -81,13 +87,47 @@ class Denoiser:
         """The model that the plan calls so; None is its own."""
         return self.model if name is None else self.others[name]
 
-    def __call__(self, step: Step, inputs: Tensor, attention_mask: Tensor | None = None, **others: Any) -> Tensor:
-        """Logits (rows, length, vocabulary) of `inputs` (rows, length) at this step. `others` go to the model."""
+    def __call__(
+        self,
+        step: Step,
+        inputs: Tensor,
+        attention_mask: Tensor | None = None,
+        where: Where | None = None,
+        **others: Any,
+    ) -> Tensor:
+        """Logits of `inputs` (rows, length) at this step; `others` go to the model.
+
+        where: bool (rows, length), or the rows and positions (n,) that its `nonzero(as_tuple=True)` gives, for which no
+        device has to wait -> (n, vocabulary), row by row; None -> (rows, length, vocabulary).
+        """
+        return self.predict(step, inputs, attention_mask, where, **others).logits()
+
+    def predict(
+        self,
+        step: Step,
+        inputs: Tensor,
+        attention_mask: Tensor | None = None,
+        where: Where | None = None,
+        **others: Any,
+    ) -> Prediction:
+        """As a call, but the logits are still to be made: what reads them may do so a chunk at a time.
+
+        A model that does not give its states is run whole.
+        """
         running = self.at(step.progress)
         if self.on_step is not None:
             self.on_step(step)
-        self.forwards.append(Forward(running, *inputs.shape))
-        return self.named(running.model)(input_ids=inputs, attention_mask=attention_mask, **others).logits
+        model = self.named(running.model)
+        head = None if where is None else head_of(model)
+        if head is None:
+            logits = model(input_ids=inputs, attention_mask=attention_mask, **others).logits
+            prediction = Prediction(kept(logits, where), lambda logits: logits, logits.shape[-1])
+        else:
+            states = cast(Any, model).states(inputs, attention_mask, where, **others)
+            prediction = Prediction(states, head, cast(Any, model.config).vocab_size)
+        predicted = None if head is None else prediction.states.shape[:-1].numel()
+        self.forwards.append(Forward(running, inputs.shape[0], inputs.shape[1], predicted))
+        return prediction
 
     def border(self, progress: float) -> float:
         """Where the phase ends that `progress` belongs to; 1 for the last one."""
