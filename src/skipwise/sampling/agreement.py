@@ -15,7 +15,9 @@ def agreement(approximate: Tensor, exact: Tensor, prompt_length: int, eos_token_
     on: this is a harsher figure than a task's score. Raises UserError for decodings of different shapes.
     """
     if approximate.shape != exact.shape:
-        raise UserError(f"Decodings of {tuple(approximate.shape)} and {tuple(exact.shape)} tokens are not of one batch.")
+        raise UserError(
+            f"Decodings {tuple(approximate.shape)} and {tuple(exact.shape)} are not of one batch; compare those of one."
+        )
     one, other = approximate[:, prompt_length:], exact[:, prompt_length:]
     if one.shape[1] < 1:
         raise UserError(f"prompt_length={prompt_length} leaves none of {exact.shape[1]} positions to compare.")

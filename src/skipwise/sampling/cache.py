@@ -2,8 +2,8 @@
 
 A masked diffusion model sees both ways, so that one committed token changes the features of every other position, if
 slightly. With a cache a step runs a **window** of the positions against the stored keys and values of the others. What
-is stored grows stale with every commit: cached decoding is an approximation. It is exact where nothing stale is read: in
-a forward of everything, in a model (under its plan) of one block, where every block of tokens takes one step.
+is stored grows stale with every commit: cached decoding is an approximation. It is exact where nothing stale is read:
+in a forward of everything, in a model (under its plan) of one block, where every block of tokens takes one step.
 `skipwise.sampling.agreement` says how much of a text is as without a cache.
 
 - "prefix" (Fast-dLLM, arXiv 2505.22618): every block begins with a forward of everything; its other steps run the block
@@ -15,14 +15,14 @@ a forward of everything, in a model (under its plan) of one block, where every b
   last are run once more with the next block instead, so that no mask stays stored in their place.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any, Literal, get_args
 
-import torch
 from torch import Tensor, nn
 from transformers import Cache
 
 from skipwise.errors import UserError, unknown
+from skipwise.models.bidirectional import Where
 
 Kind = Literal["prefix", "dual", "interval"]
 KINDS: tuple[Kind, ...] = get_args(Kind)
@@ -59,14 +59,16 @@ class Stored(Cache):
         """How many positions the window sees, and the first of them."""
         return self.length, 0
 
-    def local(self, where: Tensor | None) -> Tensor | None:
-        """Positions of the sequences, a bool (rows, length) or numbers (rows, k), as those of the window."""
-        if where is None or where.dtype != torch.bool:
-            return None if where is None else where - self.window.start
-        return where[:, self.window]
+    def local(self, where: Where | None) -> Where | None:
+        """What is at `where` in the sequences, as places in the window, which holds them all."""
+        if isinstance(where, tuple):
+            return where[0], where[1] - self.window.start
+        return None if where is None else where[:, self.window]
 
-    def keep(self, rows: Tensor) -> None:
-        """Drop all rows but these: indices (kept,) or a bool (rows,)."""
+    def keep(self, places: Sequence[int], of: int) -> None:
+        """Drop all but these of `of` rows; under guidance, rows are there twice."""
+        copies = len(self._layers[0][0]) // of if self._layers else 1
+        rows = [copy * of + place for copy in range(copies) for place in places]
         self._layers = [(keys[rows], values[rows]) for keys, values in self._layers]
 
 
@@ -83,6 +85,7 @@ class Windows:
         self.refresh, self.prompt_refresh = refresh, prompt_refresh
         self.block = slice(0, 0)
         self.stored: Stored | None = None
+        self._rows: tuple[int, ...] = ()
         self._of: object = None  # what `stored` holds the features of
         self._age = 0  # forwards since everything was run
         self._late = 0  # where tokens begin that may have been committed since they were run
@@ -109,10 +112,15 @@ class Windows:
         self._late = self.block.start
         return self.stored
 
-    def keep(self, rows: Tensor) -> None:
-        """Go on with these rows of the batch alone: indices (kept,) or a bool (rows,)."""
-        if self.stored is not None:
-            self.stored.keep(rows)
+    def keep(self, rows: Sequence[int]) -> None:
+        """Go on with these rows of the batch. If one is back that was left out, all is run again."""
+        rows = tuple(rows)
+        if self.stored is not None and rows != self._rows:
+            if set(rows) <= set(self._rows):
+                self.stored.keep([self._rows.index(row) for row in rows], len(self._rows))
+            else:
+                self.stored = None
+        self._rows = rows
 
     @property
     def _everything(self) -> int | None:
