@@ -84,6 +84,20 @@ def test_a_window_right_after_a_refresh_gives_the_logits_of_the_whole(
     assert torch.equal(part[:, model.shift :].argmax(-1), kept.argmax(-1))
 
 
+@pytest.mark.parametrize("name", ["llada", "dream"])
+def test_another_kernel_gives_the_same(name: str) -> None:
+    model = ROWS[name]()
+    tokens, mask = half_written(padding=True)
+    found = []
+    for kernel in ("sdpa", "eager"):
+        model.set_attn_implementation(kernel)
+        windows = Windows("dual", PROMPT)
+        windows.begin(slice(10, 14))
+        run(model, windows, tokens, mask)
+        found.append(run(model, windows, tokens, mask)[:, model.shift :])
+    torch.testing.assert_close(*found, rtol=1e-4, atol=1e-5)
+
+
 @pytest.mark.parametrize("copies", [1, 2])
 def test_rows_that_are_dropped_leave_the_others_as_they_were(model: nn.Module, copies: int) -> None:
     tokens, mask = (tensor.repeat(copies, 1) for tensor in half_written(padding=True))
@@ -252,7 +266,7 @@ def test_agreement_compares_texts_up_to_their_ends() -> None:
     approximate = torch.tensor([[1, 1, 5, 8, 6, EOS, EOS], [0, 0, 5, 6, 8, 9, EOS]])
     assert agreement(exact, exact, 2, EOS) == 1
     assert agreement(approximate, exact, 2, EOS) == agreement(exact, approximate, 2, EOS) == (1 + 4) / (4 + 5)
-    assert agreement(approximate, exact, 2) == (2 + 4) / 10
+    assert agreement(approximate, exact, 2) == (3 + 4) / 10
     for other, start, what in ((exact[:1], 2, "one batch"), (exact, 7, "leaves none")):
         with pytest.raises(UserError, match=what):
             agreement(approximate, other, start)
