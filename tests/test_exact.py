@@ -6,12 +6,15 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from skipwise.blocks import find_contract
 from skipwise.models.bidirectional import kept
-from skipwise.sampling import Denoiser, Step, prediction
+from skipwise.plan import Phase, Plan
+from skipwise.sampling import FAMILIES, Denoiser, Step, prediction
+from skipwise.sampling.denoiser import denoising
 from skipwise.sampling.prediction import Prediction
+from tests.plain_samplers import PLAIN
 from tests.tiny_models import ROWS, VOCABULARY
 
-FAMILIES = ("llada", "dream", "mdlm")
 IDS = torch.tensor([[0, 0, 9, 3, 11], [4, 3, 6, 7, 3]])
 PRESENT = torch.tensor([[0, 0, 1, 1, 1], [1, 1, 1, 1, 1]])
 WHERE = torch.tensor([[0, 0, 1, 0, 1], [1, 1, 0, 0, 1]]).bool()
@@ -97,3 +100,77 @@ def test_guidance_is_of_pairs() -> None:
         torch.testing.assert_close(guided.logits(), second + 3 * (first - second))
         (read,) = guided.read(lambda logits, part: (logits,))
         torch.testing.assert_close(read, guided.logits())
+
+
+LLADA = [
+    {},
+    {"block_length": 4},
+    {"block_length": 2, "steps": 4},
+    {"steps": 24},
+    {"temperature": 0.8, "block_length": 4, "steps": 4},
+    {"remasking": "random", "steps": 4},
+    {"threshold": 0.05},
+    {"threshold": 0.04, "block_length": 4, "temperature": 0.5},
+    {"cfg_scale": 0.7, "block_length": 4},
+    {"cfg_scale": 0.7, "temperature": 0.6, "threshold": 0.1},
+]
+DREAM = [
+    {"alg": alg, "temperature": temperature, "steps": steps, **more}
+    for alg in ("origin", "maskgit_plus", "topk_margin", "entropy")
+    for temperature, steps, more in (
+        (0.0, None, {}),
+        (0.7, 5, {"top_p": 0.9, "top_k": 20}),
+        (0.0, 19, {"alg_temp": 0.4}),
+    )
+]
+MDLM = [
+    {},
+    {"steps": 7},
+    {"steps": 12, "noise_dtype": "float32"},
+    {"sampler": "ddpm", "steps": 9},
+    {"sampler": "ddpm_cache", "steps": 40},
+]
+SETTINGS = [(name, s) for name, every in (("llada", LLADA), ("dream", DREAM), ("mdlm", MDLM)) for s in every]
+PROMPTS = torch.tensor([[0, 0, 9, 10, 3], [4, 5, 6, 7, 8], [0, 0, 0, 0, 12], [13, 3, 14, 3, 15]])
+PADDED = torch.tensor([[0, 0, 1, 1, 1], [1, 1, 1, 1, 1], [0, 0, 0, 0, 1], [1, 1, 1, 1, 1]])
+
+
+def phased(model: nn.Module, named: bool) -> Plan:
+    (stack,) = find_contract(model).stacks
+    middle = Phase(until=0.6, model="other") if named else Phase(until=0.6)
+    phases = (Phase(until=0.3, skip={stack: (1,)}), middle, Phase(until=1.0, skip={stack: (0, 2)}))
+    return Plan(model=find_contract(model).shape, phases=phases)
+
+
+def both(name: str, s: dict[str, Any], model: nn.Module, plan: Plan | None = None, eos: int | None = None) -> Tensor:
+    """What the sampler makes, after it was compared with its plain twin."""
+    others = {"other": ROWS[name]()} if plan and any(phase.model for phase in plan.phases) else {}
+    settings = {"gen_length": 8, "seed": 3, "eos_token_id": eos, **s}
+    with denoising(model, plan, others) as denoiser:
+        expected = PLAIN[name](denoiser, PROMPTS, PADDED, **settings)
+    family = FAMILIES[name]
+    with denoising(model, plan, others) as denoiser:
+        found = family.decode(denoiser, PROMPTS, family.settings(**settings), PADDED)
+    assert torch.equal(found, expected)
+    return found
+
+
+@pytest.mark.parametrize(("name", "settings"), SETTINGS)
+def test_tokens_are_those_of_the_plain_loop(name: str, settings: dict[str, Any]) -> None:
+    """Padded rows with and without masks in the prompt: whole, under a static plan, one of phases, and of models."""
+    model = ROWS[name]()
+    (stack,) = find_contract(model).stacks
+    static = Plan.static(find_contract(model).shape, {stack: [1]})
+    results = [both(name, settings, model, plan) for plan in (None, static, phased(model, False), phased(model, True))]
+    assert not torch.equal(results[0], results[1]), "the plan is felt"
+
+
+@pytest.mark.parametrize(("name", "settings"), SETTINGS)
+def test_rows_that_have_ended_leave(name: str, settings: dict[str, Any]) -> None:
+    """The tokens of the others are what they would be, also under phases; and fewer rows are run."""
+    model = ROWS[name]()
+    free = both(name, settings, model)
+    counts = torch.bincount(free[:, 5:].flatten(), minlength=VOCABULARY)
+    for eos in counts.argsort(descending=True)[:3].tolist():  # as if these ended texts
+        both(name, settings, model, None, eos)
+        both(name, settings, model, phased(model, False), eos)

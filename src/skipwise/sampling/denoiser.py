@@ -91,6 +91,16 @@ class Denoiser:
             self.skipping.at(progress)
         return Running(None, cut_now(self.model))
 
+    @property
+    def timeless(self) -> bool:
+        """Whether the same runs at every step."""
+        return self.plan is None or self.plan.is_static
+
+    @property
+    def fixed_rows(self) -> bool:
+        """Whether every forward must be of all rows."""
+        return False
+
     def named(self, name: str | None) -> nn.Module:
         """The model that the plan calls so; None is its own."""
         return self.model if name is None else self.others[name]

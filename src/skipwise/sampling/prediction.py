@@ -5,7 +5,7 @@ of the whole generation (64 positions of LLaDA's vocabulary are 32 MB in float32
 """
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -26,6 +26,15 @@ class Prediction:
     head: Callable[[Tensor], Tensor]
     vocabulary: int
     heads: int = 1
+
+    @property
+    def fits(self) -> bool:
+        """Whether all logits fit into one chunk."""
+        return self.states.ndim == 2 and len(list(self.chunks())) == 1
+
+    def made(self) -> "Prediction":
+        """With logits that are made now and kept, to be read more than once."""
+        return replace(self, states=self.logits(), head=torch.clone, heads=1)
 
     def logits(self) -> Tensor:
         """All of them, (n, vocabulary) or (rows, length, vocabulary)."""
