@@ -12,6 +12,8 @@ class Bidirectional:
     """Mix in before a `...ForCausalLM` class whose config says `is_causal = False`."""
 
     is_masked_diffusion = True
+    takes_cache = True  # past_key_values
+    shift = 0  # how far before a position the state is that predicts it
 
     def __init__(self, config: Any):
         super().__init__(config)  # type: ignore[call-arg]

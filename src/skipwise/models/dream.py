@@ -9,7 +9,7 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor
-from transformers import Qwen2Config, Qwen2ForCausalLM
+from transformers import Cache, Qwen2Config, Qwen2ForCausalLM
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from skipwise.errors import UserError
@@ -83,6 +83,7 @@ class DreamModel(Bidirectional, Qwen2ForCausalLM):
     config_class = DreamConfig
     config: DreamConfig
     family = "dream"  # of samplers
+    shift = 1
 
     def forward(
         self,
@@ -97,11 +98,13 @@ class DreamModel(Bidirectional, Qwen2ForCausalLM):
         logits_to_keep: positions to predict, as an index (positions,), as one for each row (batch, positions), or as a
         bool mask (batch, length), whose logits are (n, vocab_size), row by row; or the last n of them; 0 is all.
         Rotary positions count the padding too: attention sees differences of positions only, so that a left-padded
-        row gives what it gives alone.
+        row gives what it gives alone. With past_key_values, positions are those of the window that runs, whose first
+        one keeps its own state.
         """
+        begin = _begin(kwargs.get("past_key_values"))
         outputs = self.model(input_ids, attention_mask=attention_mask, **kwargs)
         states = outputs.last_hidden_state
-        logits = self.lm_head(_shifted(states, _positions(logits_to_keep, states), attention_mask))
+        logits = self.lm_head(_shifted(states, _positions(logits_to_keep, states), attention_mask, begin))
         return CausalLMOutputWithPast(
             logits=cast(Any, logits), hidden_states=outputs.hidden_states, attentions=outputs.attentions
         )
@@ -110,8 +113,14 @@ class DreamModel(Bidirectional, Qwen2ForCausalLM):
         self, input_ids: Tensor, attention_mask: Tensor | None = None, where: Where | None = None, **others: Any
     ) -> Tensor:
         """What the head makes logits of: (batch, length, width), or at `where` alone; the shift is in it."""
+        begin = _begin(others.get("past_key_values"))
         states = self._run(input_ids, attention_mask, **others)
-        return _shifted(states, _positions(0, states) if where is None else where, attention_mask)
+        return _shifted(states, _positions(0, states) if where is None else where, attention_mask, begin)
+
+
+def _begin(past: Cache | None) -> int:
+    """The first position that a forward runs, which is the first that is not in the past."""
+    return 0 if past is None else past.get_seq_length()
 
 
 def _positions(logits_to_keep: int | Tensor, states: Tensor) -> Tensor:
@@ -126,11 +135,12 @@ def _positions(logits_to_keep: int | Tensor, states: Tensor) -> Tensor:
     return logits_to_keep
 
 
-def _shifted(states: Tensor, where: Where, attention_mask: Tensor | None) -> Tensor:
+def _shifted(states: Tensor, where: Where, attention_mask: Tensor | None, begin: int) -> Tensor:
     """The states that predict what is at `where` (see `kept`): one to the left of each position."""
     first = torch.zeros(len(states), 1, dtype=torch.long, device=states.device)
     if attention_mask is not None:  # left of a row's first token there is only padding
-        first = attention_mask.reshape(len(states), -1).int().argmax(1, keepdim=True)
+        present = attention_mask.reshape(len(states), -1)[:, begin : begin + states.shape[1]]
+        first = present.int().argmax(1, keepdim=True)
     if isinstance(where, Tensor) and where.dtype != torch.bool:
         return kept(states, (where - 1).maximum(first))
     rows, positions = where if isinstance(where, tuple) else where.nonzero(as_tuple=True)

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass, fields
 from functools import cache
 
-from skipwise.cost import Prices, price_blocks
+from skipwise.cost import Price, Prices, price_blocks
 from skipwise.examples import Size
 from skipwise.sampling.denoiser import Denoiser, Forward
 
@@ -39,12 +39,17 @@ def shares(forwards: Iterable[Forward], prices_of: Callable[[str | None, int], P
     for forward in forwards:
         name, cut, rows = forward.running.model, forward.running.cut, forward.rows
         prices, gone = prices_of(name, forward.tokens), (cut.skipped, cut.linear)
-        blocks = rows * prices.of_blocks(*gone).flops
+        blocks = rows * _attending(forward, prices.of_blocks(*gone))
         all_in = blocks + _outside(forward, prices)
         own = prices_of(None, forward.tokens)
-        whole = rows * own.of_blocks().flops + _outside(forward, own)
+        whole = rows * _attending(forward, own.of_blocks()) + _outside(forward, own)
         found[name] = found.get(name, Share()) + Share(1, rows, blocks, all_in, whole)
     return found
+
+
+def _attending(forward: Forward, price: Price) -> int:
+    """FLOPs of blocks whose tokens attended to the forward's keys; `price` is of as many tokens among themselves."""
+    return price.flops + price.attention_flops * (forward.keys - forward.tokens) // forward.tokens
 
 
 def _outside(forward: Forward, prices: Prices) -> int:

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from skipwise.models import head_of, mask_token
 from skipwise.models.bidirectional import Where, kept
 from skipwise.plan import Plan
+from skipwise.sampling.cache import Windows
 from skipwise.sampling.others import load_others
 from skipwise.sampling.prediction import Prediction
 from skipwise.skipping import Cut, Skipping, cut_now, skip
@@ -41,13 +42,20 @@ class Running:
 class Forward:
     """One call of a model as it happened: what ran, how many sequences it saw, and of how many tokens each.
 
-    predicted: positions, of all rows together, that logits were made for; None is every one.
+    predicted: positions, of all rows together, that logits were made for; None is every one. length: of the sequences,
+    whose other positions were stored, if that is more than the tokens that ran (`skipwise.sampling.cache`).
     """
 
     running: Running
     rows: int
     tokens: int
     predicted: int | None = None
+    length: int | None = None
+
+    @property
+    def keys(self) -> int:
+        """How many positions each of the tokens attended to."""
+        return self.length or self.tokens
 
 
 @dataclass
@@ -118,16 +126,22 @@ class Denoiser:
         inputs: Tensor,
         attention_mask: Tensor | None = None,
         where: Where | None = None,
+        *,
+        windows: Windows | None = None,
         **others: Any,
     ) -> Prediction:
         """As a call, but the logits are still to be made: what reads them may do so a chunk at a time.
 
-        A model that does not give its states is run whole.
+        A model that does not give its states is run whole. windows: of a cache; what they leave out is not run.
         """
         running = self.at(step.progress)
         if self.on_step is not None:
             self.on_step(step)
-        model = self.named(running.model)
+        model, length = self.named(running.model), inputs.shape[1]
+        if windows is not None:
+            stored = windows.next(length, running, cast(Any, model).shift)
+            inputs, where = inputs[:, stored.window], stored.local(where)
+            others = {**others, "past_key_values": stored}
         head = None if where is None else head_of(model)
         if head is None:
             logits = model(input_ids=inputs, attention_mask=attention_mask, **others).logits
@@ -136,7 +150,7 @@ class Denoiser:
             states = cast(Any, model).states(inputs, attention_mask, where, **others)
             prediction = Prediction(states, head, cast(Any, model.config).vocab_size)
         predicted = None if head is None else prediction.states.shape[:-1].numel()
-        self.forwards.append(Forward(running, inputs.shape[0], inputs.shape[1], predicted))
+        self.forwards.append(Forward(running, inputs.shape[0], inputs.shape[1], predicted, length))
         return prediction
 
     def border(self, progress: float) -> float:

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from skipwise.errors import UserError
 from skipwise.models import end_of_text
+from skipwise.sampling.cache import Kind, Windows, check_cache, check_cacheable
 from skipwise.sampling.canvas import Canvas, Part, Settings, commit_above, commit_top, places, quota_of
 from skipwise.sampling.denoiser import Denoiser, Step
 from skipwise.sampling.noise import Noise
@@ -33,6 +34,8 @@ class LLaDASettings(Settings):
     cfg_scale: classifier-free guidance, z_u + (cfg_scale + 1) (z - z_u), where z_u are the logits with the prompt
     masked; a step then runs twice the rows. logits_eos_inf: never choose the end of text; confidence_eos_eot_inf:
     choose it last of all (under compat the official code's version, which at a temperature forgets the end of text).
+    cache: "prefix", "dual" or "interval", an approximation that does not run all positions at every step, with refresh
+    and prompt_refresh, in steps that are run (`skipwise.sampling.cache`); None is exact.
     """
 
     block_length: int | None = None
@@ -42,6 +45,9 @@ class LLaDASettings(Settings):
     cfg_scale: float = 0.0
     logits_eos_inf: bool = False
     confidence_eos_eot_inf: bool = False
+    cache: Kind | None = None
+    refresh: int | None = None
+    prompt_refresh: int | None = None
 
     family: ClassVar[str] = "llada"
 
@@ -50,6 +56,7 @@ class LLaDASettings(Settings):
         self.one_of("remasking", ("low_confidence", "random"))
         self.at_least_zero("temperature", "0 is greedy, 1 is the model's distribution")
         self.at_least_zero("cfg_scale", "0 is without guidance")
+        check_cache(self.cache, self.refresh, self.prompt_refresh, self.compat)
         if self.threshold is None:
             return
         if not 0 < self.threshold <= 1:
@@ -57,6 +64,13 @@ class LLaDASettings(Settings):
         if self.compat or self.steps:
             given = "compat" if self.compat else f"steps={self.steps}"
             raise UserError(f"With a threshold the number of steps follows from the text; leave out {given}.")
+
+    def windows(self, denoiser: Denoiser, canvas: Canvas) -> Windows | None:
+        """What decides which positions run; None where all do. Raises UserError for a model that takes no cache."""
+        if self.cache is None:
+            return None
+        check_cacheable((denoiser.model, *denoiser.others.values()), self.cache)
+        return Windows(self.cache, canvas.prompt, self.refresh, self.prompt_refresh)
 
     def resolved(self, most_masks: int) -> tuple[int, int, int]:
         """(number of blocks, block length, steps a block). Raises UserError when they do not divide evenly."""
@@ -118,6 +132,7 @@ class _Plain:
         self.total = max(self.left)
         self.noise = Noise(settings.seed, canvas)
         self.rows = list(range(len(self.left)))  # those that have not ended
+        self.windows = settings.windows(denoiser, canvas)
         self.never = end_of_text(denoiser.model) if settings.logits_eos_inf else None
         self.held_back = held_back(denoiser) if settings.confidence_eos_eot_inf else []
 
@@ -128,6 +143,7 @@ class _Plain:
 
     def by_quota(self, window: slice, first: int, steps: int, total: int) -> None:
         """Fill a block in a fixed number of steps, for which no device is asked how far it is."""
+        self._begin(window)
         masks = self.canvas.masked[:, window].sum(1).tolist()
         left = list(masks)
         for i in range(steps):
@@ -144,6 +160,7 @@ class _Plain:
 
     def until_filled(self, window: slice) -> None:
         """Fill a block in as many steps as the threshold asks for; a step asks once what is left."""
+        self._begin(window)
         while True:
             masked = self.canvas.masked
             counts = torch.stack(
@@ -158,6 +175,12 @@ class _Plain:
             progress = 1 - max(self.left[row] for row in self.rows) / self.total
             step = self.canvas.step(len(self.denoiser.forwards), self.total, progress)
             self._commit(step, window, rows, left, None)
+
+    def _begin(self, window: slice) -> None:
+        """With a cache, a block is what is run in most of its steps: from its first mask on."""
+        if self.windows is not None:
+            first = self.canvas.masked[:, window].any(0).int().argmax()
+            self.windows.begin(slice(window.start + int(first), window.stop))
 
     def _let_go(self) -> None:
         """Rows that have ended leave the batch: nothing that they would still commit is kept."""
@@ -187,14 +210,15 @@ class _Plain:
     def _predict(self, step: Step, part: Part, where: tuple[Tensor, Tensor]) -> Prediction:
         """What the model predicts at `where`, rows and positions (n,) of the part."""
         x, mask, scale = part.sequences, part.attention_mask, self.settings.cfg_scale
+        if self.windows is not None:
+            self.windows.keep(part.rows)
         if scale == 0:
-            return self.denoiser.predict(step, x, mask, where)
+            return self.denoiser.predict(step, x, mask, where, windows=self.windows)
         without = x.masked_fill(part.of(self.given), part.mask)
         mask = None if mask is None else mask.repeat(2, 1)
         both = torch.cat([where[0], where[0] + len(x)]), where[1].repeat(2)
-        return self.denoiser.predict(step, torch.cat([x, without]), mask, both).guided(
-            lambda logits, unguided: guided(logits, unguided, scale)
-        )
+        prediction = self.denoiser.predict(step, torch.cat([x, without]), mask, both, windows=self.windows)
+        return prediction.guided(lambda logits, unguided: guided(logits, unguided, scale))
 
     def _reader(self, part: Part, window: slice, where: tuple[Tensor, Tensor], words: int) -> Reader:
         """Reads the chosen token off logits and, unless tokens are committed at random, its probability."""
