@@ -41,6 +41,7 @@ from torch import Tensor, nn
 
 import skipwise as sw
 from skipwise.benchmarking.machine import machine
+from skipwise.benchmarking.modes import caches as cache_settings
 from skipwise.benchmarking.timing import in_turns, ratio
 from skipwise.blocks import find_contract
 from skipwise.calibration import Calibration
@@ -234,8 +235,8 @@ def shapes(options: argparse.Namespace) -> Iterator[Row]:
 
 
 def modes_of(model: Any) -> dict[str, dict[str, Any]]:
-    """Name -> settings of `generate`; exact first."""
-    return {"exact": {}}
+    """Name -> settings of `generate`: exact first, then every cache."""
+    return {"exact": {}, **{f"{kind} cache": settings for kind, settings in cache_settings(model).items()}}
 
 
 def block_ratio(model: Any, plan: Plan, tokens: int) -> Row:
@@ -253,13 +254,14 @@ def plan(options: argparse.Namespace) -> Iterator[Row]:
     """Each mode without 2 of 8 blocks against the same mode with all; and what is left of the FLOPs that happened."""
     model, prompts = llada_shape(options.quick), random_prompts(1, 128)
     chosen = quarter(model)
-    cases = [(64, 8)] if options.quick else [(128, 32), (256, 32)]
-    for (gen, steps), (mode, more) in product(cases, modes_of(model).items()):
-        given = {"gen_length": gen, "steps": steps, "block_length": 32, **more}
+    settings = modes_of(model)
+    cases = [(128, 32, "exact"), (256, 32, "exact"), (256, 64, "dual cache")]  # new tokens, steps, mode
+    for gen, steps, mode in [(64, 8, mode) for mode in settings] if options.quick else cases:
+        given = {"gen_length": gen, "steps": steps, "block_length": 32, **settings[mode]}
         stats = [sw.generate(model, prompts.ids, plan=p, stop_at_eos=False, **given).stats for p in (chosen, None)]
         whole = ours(f"{mode}, all blocks", model, prompts, **given)
         fewer = ours(f"{mode}, 6 of 8", model, prompts, plan=chosen, **given)
-        (row,) = compare(whole, [fewer], options.pairs or 5, facts_of("LLaDA shape", prompts, gen, steps), warmup=0)
+        (row,) = compare(whole, [fewer], options.pairs or 3, facts_of("LLaDA shape", prompts, gen, steps), warmup=0)
         yield {
             **row,
             **block_ratio(model, chosen, 128 + gen),

@@ -68,7 +68,10 @@ def test_rows_are_of_what_generate_does(known_ceiling: Ceiling) -> None:
     plan = half_plan(chosen.model)
     result = bench(chosen, plan, BenchSettings(**SHORT, batch=2, block_length=4))
     rows = {row.mode: row for row in result.rows}
-    assert {"exact", "threshold", "plan", "threshold + plan"} <= set(rows)
+    single = ["threshold", "prefix", "dual", "interval", "dual, threshold"]
+    assert list(rows) == ["exact", *single, "plan", *(f"{name} + plan" for name in single)]
+    assert [row.mode for row in result.rows if row.exact] == ["exact"]
+    assert rows["dual"].block_flops < rows["prefix"].block_flops < rows["exact"].block_flops
     inputs = subject.prompts(chosen, 2, 8)
     settings = {"gen_length": 8, "block_length": 4, "stop_at_eos": False}
     exact = sw.generate(chosen.model, inputs, **settings)

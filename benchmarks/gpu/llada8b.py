@@ -56,7 +56,7 @@ WORKLOADS = [(256, 1, 4), (512, 1, 4), (256, 8, 4), (512, 8, 4), (256, 1, 1)]
 TINY_WORKLOADS = [(64, 2, 4)]
 OFFICIAL = "official loop"
 # name -> settings of `skipwise.generate`
-OURS: dict[str, dict[str, Any]] = {"ours, exact": {}}
+OURS: dict[str, dict[str, Any]] = {"ours, exact": {}, "ours, dual cache": {"cache": "dual"}}
 QUOTED = {
     "source": "ES-dLLM, arXiv 2603.10088, on an H200: tokens a second as printed, not measured here",
     "llada-8b": 226.57,

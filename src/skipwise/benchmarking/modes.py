@@ -5,9 +5,11 @@ from typing import Any
 
 from torch import nn
 
+from skipwise.errors import UserError
 from skipwise.models import kind_of
 from skipwise.plan import Plan
 from skipwise.sampling import FAMILIES
+from skipwise.sampling.cache import KINDS, check_cacheable
 
 THRESHOLD = 0.9  # the default of Fast-dLLM's evaluation
 EXACT = "exact"  # the mode that the others are compared with
@@ -25,14 +27,24 @@ class Mode:
 
 
 def modes(model: nn.Module, family: str, plan: Plan | None = None, threshold: float = THRESHOLD) -> list[Mode]:
-    """Exact decoding first, then each approximation without and with the plan."""
-    ways: list[tuple[str, dict[str, Any]]] = [(EXACT, {})]
+    """Exact decoding first, then each approximation; with a plan, all of them again under it."""
+    ways: dict[str, dict[str, Any]] = {EXACT: {}}
     if family == BLOCKS:
-        ways.append(("threshold", {"threshold": threshold}))
-    found = [Mode(name, settings, exact=not settings) for name, settings in ways]
+        ways |= {"threshold": {"threshold": threshold}, **caches(model)}
+        ways |= {"dual, threshold": {"cache": "dual", "threshold": threshold}} if "dual" in ways else {}
+    found = [Mode(name, settings, exact=not settings) for name, settings in ways.items()]
     if plan is not None:
-        found += [Mode(f"{name} + plan" if settings else "plan", settings, plan) for name, settings in ways]
+        found += [Mode(f"{name} + plan" if settings else "plan", settings, plan) for name, settings in ways.items()]
     return found
+
+
+def caches(model: nn.Module) -> dict[str, dict[str, Any]]:
+    """The caches that this model can be decoded with, by name."""
+    try:
+        check_cacheable([model], KINDS[0])
+    except UserError:
+        return {}
+    return {kind: {"cache": kind} for kind in KINDS}
 
 
 def family_for(model: nn.Module, wanted: str | None) -> str:

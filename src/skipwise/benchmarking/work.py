@@ -17,6 +17,7 @@ from skipwise.errors import UserError, unknown
 from skipwise.examples import Size
 from skipwise.plan import Plan
 from skipwise.sampling import FAMILIES, Generated, Statistics, generate
+from skipwise.sampling.agreement import agreement
 from skipwise.sampling.others import load_others
 
 BLOCK = 32  # tokens decoded together, as the official evaluations have it
@@ -82,6 +83,10 @@ class Work:
             **given,
         )
 
+    def warm_up(self, mode: Mode) -> None:
+        """Decode a block, or two tokens."""
+        self.run(mode, min(self.gen_length, self.settings.get("block_length", 2)))
+
     def first(self, mode: Mode) -> First:
         """Decode once, alone, and watch the memory."""
         with measuring_peak(self.subject.device) as peak:
@@ -121,7 +126,7 @@ class Work:
             forwards=forwards,
             seconds_per_forward=took / forwards,
             forwards_per_token=forwards / self.gen_length,
-            agreement=float((first.tokens == exact.tokens).double().mean()),
+            agreement=agreement(first.tokens, exact.tokens, prompt_length=0),
             peak_bytes=first.peak,
             block_flops=first.stats.block_flops,
             all_in_flops=first.stats.all_in_flops,

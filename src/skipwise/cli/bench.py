@@ -84,10 +84,10 @@ def table(result: BenchResult) -> Table:
     shown = Table(title=title, box=box.SIMPLE_HEAD, pad_edge=False, title_justify="left")
     shown.add_column("mode", no_wrap=True)
     for column in (
-        "tokens/s", "seconds, to exact", "ms a\nforward", "forwards\na token", "tokens\nas exact", "peak\nMiB",
+        "tokens/s", "seconds\nto exact", "ms a\nforward", "forwards\na token", "tokens\nas exact", "peak\nMiB",
         "of matrix\nrate", "of band-\nwidth",
     ):  # fmt: skip
-        shown.add_column(column, justify="right")
+        shown.add_column(column, justify="right", no_wrap=True)
     for row in result.rows:
         shown.add_row(*_cells(row))
     return shown
@@ -98,7 +98,7 @@ def _cells(row: Row) -> tuple[str, ...]:
     return (
         row.mode,
         f"{row.tokens_per_second:,.1f}",
-        f"{compared.value:.2f} ({compared.low:.2f} to {compared.high:.2f})",
+        f"{compared.value:.2f} ({compared.low:.2f}-{compared.high:.2f})",
         f"{1000 * row.seconds_per_forward:,.2f}",
         f"{row.forwards_per_token:.2f}",
         f"{row.agreement:.1%}",
