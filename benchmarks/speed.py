@@ -34,7 +34,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from analyze_overhead import embedded
+from analyze_overhead import embedded, llama
 from analyze_overhead import measure as measure_analysis
 from official_loops import LOOPS
 from torch import Tensor, nn
@@ -298,10 +298,10 @@ def caches(options: argparse.Namespace) -> Iterator[Row]:
 
 def others(options: argparse.Namespace) -> Iterator[Row]:
     """An analysis beside its forwards; the greedy planner's block evaluations beside the naive count."""
-    count = 8 if options.quick else 256
-    for name in ("tiny-dllm", "tiny-ar"):
-        pairs = options.pairs or 7
-        row = measure_analysis(name, *embedded(name, count), ["layers"], pairs, 1, time.perf_counter)
+    count = 8 if options.quick else 128
+    builders = {name: partial(embedded, name) for name in ("tiny-dllm", "tiny-ar")} | {"llama-512x12": llama}
+    for name, build in list(builders.items())[: 1 if options.quick else 3]:
+        row = measure_analysis(name, *build(count), ["layers"], options.pairs or 7, 1, time.perf_counter)
         yield {"what": "an analysis of the layers / its forwards alone", **row}
     for name, skip in product(("tiny-dllm", "tiny-text"), (1, 4)):
         yield greedy(name, min(skip, 2 if options.quick else skip), 4)
