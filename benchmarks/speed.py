@@ -23,6 +23,7 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 import argparse
 import json
+import shutil
 import statistics
 import sys
 import time
@@ -42,7 +43,7 @@ from torch import Tensor, nn
 import skipwise as sw
 from skipwise.benchmarking.machine import machine
 from skipwise.benchmarking.modes import caches as cache_settings
-from skipwise.benchmarking.timing import in_turns, ratio
+from skipwise.benchmarking.timing import in_turns, ratio, timed
 from skipwise.blocks import find_contract
 from skipwise.calibration import Calibration
 from skipwise.cost import estimate, price_blocks
@@ -77,14 +78,30 @@ class Prompts:
     mask: Tensor | None = None
 
 
-def compare(plain: Run, ours: Sequence[Run], pairs: int, facts: Row, warmup: int = 1) -> Iterator[Row]:
+@dataclass(frozen=True)
+class Turns:
+    """How often two things are measured, how often before that, and by which clock."""
+
+    pairs: int
+    warmup: int
+    clock: Callable[[], float] = time.perf_counter
+
+    @classmethod
+    def of(cls, options: argparse.Namespace, pairs: int, warmup: int = 1) -> "Turns":
+        """`pairs`, unless another number was asked for."""
+        clock = time.process_time if options.cpu_time else time.perf_counter
+        return cls(options.pairs or pairs, warmup, clock)
+
+
+def compare(plain: Run, ours: Sequence[Run], turns: Turns, facts: Row) -> Iterator[Row]:
     """A row for each of ours, all in the same rounds as `plain`; `facts` are what they have in common."""
     tokens = {}
 
     def run(which: Run) -> None:
         tokens[which.name] = which.call()[:, facts["prompt"] :]
 
-    seconds = in_turns({which.name: partial(run, which) for which in (plain, *ours)}, pairs, warmup)
+    calls = {which.name: partial(run, which) for which in (plain, *ours)}
+    seconds = in_turns(calls, turns.pairs, turns.warmup, partial(timed, clock=turns.clock))
     for name in (which.name for which in ours):
         row = {
             **facts,
@@ -150,9 +167,9 @@ CASES = [(1, 32, False), (16, 8, False), (16, 32, True)]  # batch, new tokens, p
 
 
 def against_official(
-    name: str, model: Any, prompts: Prompts, gen: int, steps: int, pairs: int, warmup: int = 1
+    name: str, model: Any, prompts: Prompts, gen: int, steps: int, turns: Turns, compiled: bool = False
 ) -> Iterator[Row]:
-    """Our decoding against the official loop: to the same tokens, and by our own default."""
+    """Our decoding against the official loop: to the same tokens, and by our own default; that also compiled."""
     family = model.family
     given = {"gen_length": gen, "steps": steps}
     if family == "llada" and gen > 32:
@@ -160,10 +177,12 @@ def against_official(
     theirs, same = GREEDY[family]
     plain = official(model, family, prompts, given | theirs)
     found = [ours("same tokens", model, prompts, **given, **same)]
+    if compiled:
+        found.append(ours("compiled", model, prompts, compile=True, **given, **OWN.get(family, same)))
     if family in OWN:
         found.append(ours("our default", model, prompts, **given, **OWN[family]))
     price_blocks(model, Size(tokens=prompts.ids.shape[1] + gen))  # for the accounts; once a length
-    yield from compare(plain, found, pairs, facts_of(name, prompts, gen, steps), warmup)
+    yield from compare(plain, found, turns, facts_of(name, prompts, gen, steps))
 
 
 def zoo(options: argparse.Namespace) -> Iterator[Row]:
@@ -175,7 +194,13 @@ def zoo(options: argparse.Namespace) -> Iterator[Row]:
             padded = False  # the official loop knows no padding
         prompts = zoo_prompts(tokenizer, batch, padded)
         gen = 4 if options.quick else gen
-        yield from against_official(name, model, prompts, gen, gen, options.pairs or 7)
+        compiled = batch == 1 and can_compile()  # half a minute for each model and shape
+        yield from against_official(name, model, prompts, gen, gen, Turns.of(options, 7), compiled)
+
+
+def can_compile() -> bool:
+    """Whether there is what torch.compile needs on a CPU."""
+    return shutil.which("g++") is not None or shutil.which("clang++") is not None
 
 
 # Published shapes, small
@@ -225,10 +250,10 @@ def shapes(options: argparse.Namespace) -> Iterator[Row]:
     """Random weights, published vocabularies."""
     for name, (build, cases) in SHAPES.items():
         model = build(options.quick)
-        list(against_official(name, model, random_prompts(1, 8), 32, 1, 1, warmup=0))  # sets all up; in no row
+        list(against_official(name, model, random_prompts(1, 8), 32, 1, Turns(1, 0)))  # sets all up; in no row
         for batch, prompt, gen, steps in SMALL if options.quick else cases:
             prompts = random_prompts(batch, prompt)
-            yield from against_official(name, model, prompts, gen, steps, options.pairs or 3, warmup=0)
+            yield from against_official(name, model, prompts, gen, steps, Turns.of(options, 3, warmup=0))
 
 
 # Under a plan, and approximations
@@ -261,7 +286,7 @@ def plan(options: argparse.Namespace) -> Iterator[Row]:
         stats = [sw.generate(model, prompts.ids, plan=p, stop_at_eos=False, **given).stats for p in (chosen, None)]
         whole = ours(f"{mode}, all blocks", model, prompts, **given)
         fewer = ours(f"{mode}, 6 of 8", model, prompts, plan=chosen, **given)
-        (row,) = compare(whole, [fewer], options.pairs or 3, facts_of("LLaDA shape", prompts, gen, steps), warmup=0)
+        (row,) = compare(whole, [fewer], Turns.of(options, 3, warmup=0), facts_of("LLaDA shape", prompts, gen, steps))
         yield {
             **row,
             **block_ratio(model, chosen, 128 + gen),
@@ -277,7 +302,7 @@ def modes(options: argparse.Namespace) -> Iterator[Row]:
         given = {"gen_length": 7, "family": "llada"}
         exact = ours("exact", model, prompts, **given)
         threshold = ours("threshold 0.9", model, prompts, threshold=0.9, **given)
-        yield from compare(exact, [threshold], options.pairs or 7, facts_of(name, prompts, 7, 7))
+        yield from compare(exact, [threshold], Turns.of(options, 7), facts_of(name, prompts, 7, 7))
     yield from caches(options)
 
 
@@ -290,7 +315,7 @@ def caches(options: argparse.Namespace) -> Iterator[Row]:
         sw.generate(model, prompts.ids, gen_length=32, steps=2, **more)
     runs = [ours(mode, model, prompts, gen_length=gen, block_length=32, **more) for mode, more in found.items()]
     facts = facts_of("LLaDA shape", prompts, gen, gen)
-    yield from compare(runs[0], runs[1:], options.pairs or 1, facts, warmup=0)
+    yield from compare(runs[0], runs[1:], Turns.of(options, 1, warmup=0), facts)
 
 
 # What else has to be quick
@@ -301,7 +326,8 @@ def others(options: argparse.Namespace) -> Iterator[Row]:
     count = 8 if options.quick else 128
     builders = {name: partial(embedded, name) for name in ("tiny-dllm", "tiny-ar")} | {"llama-512x12": llama}
     for name, build in list(builders.items())[: 1 if options.quick else 3]:
-        row = measure_analysis(name, *build(count), ["layers"], options.pairs or 7, 1, time.perf_counter)
+        turns = Turns.of(options, 7)
+        row = measure_analysis(name, *build(count), ["layers"], turns.pairs, turns.warmup, turns.clock)
         yield {"what": "an analysis of the layers / its forwards alone", **row}
     for name, skip in product(("tiny-dllm", "tiny-text"), (1, 4)):
         yield greedy(name, min(skip, 2 if options.quick else skip), 4)
@@ -334,6 +360,7 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="small models, one pair")
     parser.add_argument("--only", action="append", choices=SECTIONS, help="a section; repeat for several")
     parser.add_argument("--pairs", type=int, help="of every row; 1 to 7 by default, by what a run takes")
+    parser.add_argument("--cpu-time", action="store_true", help="CPU seconds of this process, for a shared machine")
     parser.add_argument("-o", "--output", type=Path, help="a .json file, written after every row")
     options = parser.parse_args()
     if options.quick:
@@ -343,6 +370,7 @@ def main() -> None:
     result: dict[str, Any] = {
         "machine": machine(torch.device("cpu")).model_dump(),
         "quick": options.quick,
+        "clock": "cpu" if options.cpu_time else "wall",
         "sections": {},
     }
     result["machine"]["command"] = f"python {' '.join(sys.argv)}"

@@ -106,6 +106,8 @@ def page(result: dict[str, Any]) -> str:
     machine = result["machine"]
     versions = ", ".join(f"{name} {number}" for name, number in machine["versions"].items())
     quick = "A trial run (`--quick`): small models and single pairs, **no measurement**.\n" if result["quick"] else ""
+    if result["clock"] == "cpu":
+        quick += "Seconds are CPU seconds of the process, on a machine that did other things.\n"
     facts = {key: machine[key] for key in ("device", "threads", "date", "command")}
     parts = [INTRO.format(**facts, minutes=result["minutes"], versions=versions, quick=quick)]
     parts += [f"{ABOUT[name]}\n\n{TABLES[name](rows)}\n" for name, rows in result["sections"].items() if rows]

@@ -10,6 +10,7 @@ import torch
 
 import skipwise as sw
 from skipwise.benchmarking import BenchResult, BenchSettings, bench, ceiling, memory, subject
+from skipwise.benchmarking.modes import modes
 from skipwise.benchmarking.result import Ceiling, Interval, Machine, Row, Workload
 from skipwise.benchmarking.subject import prepare
 from skipwise.benchmarking.timing import in_turns, ratio
@@ -104,6 +105,15 @@ def test_a_model_that_goes_token_by_token(known_ceiling: Ceiling, skipwise: Any)
     assert code == 2
     assert err.count("\n") == 1
     assert "block_length=4" in err
+
+
+def test_compiled_is_timed_when_asked() -> None:
+    """It is exact decoding; under a plan it is not; a model that goes token by token has no such mode."""
+    chosen = prepare("tiny-dllm").model
+    found = modes(chosen, "llada", half_plan(chosen), compile=True)
+    assert [mode.name for mode in found if mode.exact] == ["exact", "compiled"]
+    assert [mode.settings for mode in found if mode.name.startswith("compiled")] == [{"compile": True}] * 2
+    assert not any(mode.settings for mode in modes(prepare("tiny-ar").model, "autoregressive", None, compile=True))
 
 
 @pytest.mark.parametrize("name", ["tiny-text", "tiny-ar2dllm"])

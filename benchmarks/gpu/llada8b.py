@@ -1,12 +1,13 @@
-"""Tokens a second of LLaDA-8B on a GPU: the official loop, exact decoding and caches, without and with a plan.
+"""Tokens a second of LLaDA-8B on a GPU: the official loop, exact decoding and a cache, without and with a plan.
 
 The model has its full size and random weights in bfloat16. Random weights can show no quality, so every contender
 commits the same fixed number of tokens a forward, by quota: what differs is what a forward costs. Contenders of a
-workload run in turns, `--rounds` times after a first run each; a figure is the median. The plan skips 6 of 32 blocks.
+workload run in turns, `--rounds` times after a first run each; a figure is the median. The plan skips 6 of 32 blocks;
+one workload is also run compiled.
 Each row has the peak of torch's allocator, weights included, and the shares of the matrix rate and of the bandwidth
 that were measured beforehand (FLOPs by formula, as they happened; weights read once a forward).
 
-    python benchmarks/gpu/llada8b.py -o docs/results/gpu/llada8b.json      # about 6 minutes of an H200
+    python benchmarks/gpu/llada8b.py -o docs/results/gpu/llada8b.json      # an estimated 6 minutes of an H200
     python benchmarks/gpu/llada8b.py --model dream-7b -o docs/results/gpu/dream7b.json
     python benchmarks/gpu/llada8b.py --tiny                                # a tiny model, also without a GPU
 The file is written after every workload; none is begun after `--minutes`. The last line of stdout is JSON.
@@ -52,7 +53,8 @@ from official_loops import LOOPS
 PROMPT, BLOCK = 128, 32
 SKIPPED = (8, 11, 14, 17, 20, 23)  # 6 of 32; which ones does not matter to the time
 # new tokens, rows, tokens committed a forward
-WORKLOADS = [(256, 1, 4), (512, 1, 4), (256, 8, 4), (512, 8, 4), (256, 1, 1)]
+WORKLOADS = [(256, 1, 4), (256, 1, 1), (512, 1, 4), (256, 8, 4), (512, 8, 4)]
+COMPILED = (256, 1)  # new tokens and rows that are also compiled for, which takes a minute for each model
 TINY_WORKLOADS = [(64, 2, 4)]
 OFFICIAL = "official loop"
 # name -> settings of `skipwise.generate`
@@ -84,6 +86,7 @@ class Workload:
     ids: Tensor
     gen: int
     steps: int
+    compiled: bool = False
 
     @property
     def given(self) -> dict[str, Any]:
@@ -106,9 +109,10 @@ class Workload:
     def contenders(self, plan: Plan) -> dict[str, Contender]:
         """All of them, each without and with the plan."""
         found = {}
+        ways = OURS | ({"ours, exact, compiled": {"compile": True}} if self.compiled else {})
         for chosen, ending in ((None, ""), (plan, " + plan")):
             found[OFFICIAL + ending] = Contender(partial(self.official, chosen), chosen)
-            for name, settings in OURS.items():
+            for name, settings in ways.items():
                 found[name + ending] = Contender(partial(self.ours, chosen, settings), chosen)
         return found
 
@@ -210,7 +214,8 @@ def main() -> None:
         if time.perf_counter() - began > 60 * options.minutes:
             result["workloads"].append({**facts, "not run": f"after {options.minutes} minutes"})
             continue
-        rows = measure(Workload(model, ids, gen, gen // tokens), plan, options.rounds, ceiling)
+        compiled = (gen, batch) == COMPILED and device.type == "cuda"
+        rows = measure(Workload(model, ids, gen, gen // tokens, compiled), plan, options.rounds, ceiling)
         result["workloads"].append({**facts, "rows": rows})
         for name, figures in rows.items():
             print(

@@ -13,6 +13,7 @@ from skipwise.sampling.cache import KINDS, check_cacheable
 
 THRESHOLD = 0.9  # the default of Fast-dLLM's evaluation
 EXACT = "exact"  # the mode that the others are compared with
+AUTOREGRESSIVE = "autoregressive"  # no family of denoisers: one token after the other
 BLOCKS = "llada"  # the family whose sampler decodes block by block, with thresholds
 
 
@@ -26,13 +27,17 @@ class Mode:
     exact: bool = False
 
 
-def modes(model: nn.Module, family: str, plan: Plan | None = None, threshold: float = THRESHOLD) -> list[Mode]:
-    """Exact decoding first, then each approximation; with a plan, all of them again under it."""
+def modes(
+    model: nn.Module, family: str, plan: Plan | None = None, threshold: float = THRESHOLD, compile: bool = False
+) -> list[Mode]:
+    """Exact decoding first, compiled too if asked, then each approximation; with a plan, all of them under it, too."""
     ways: dict[str, dict[str, Any]] = {EXACT: {}}
+    if compile and family != AUTOREGRESSIVE:
+        ways["compiled"] = {"compile": True}
     if family == BLOCKS:
         ways |= {"threshold": {"threshold": threshold}, **caches(model)}
         ways |= {"dual, threshold": {"cache": "dual", "threshold": threshold}} if "dual" in ways else {}
-    found = [Mode(name, settings, exact=not settings) for name, settings in ways.items()]
+    found = [Mode(name, settings, exact=set(settings) <= {"compile"}) for name, settings in ways.items()]
     if plan is not None:
         found += [Mode(f"{name} + plan" if settings else "plan", settings, plan) for name, settings in ways.items()]
     return found
@@ -50,5 +55,5 @@ def caches(model: nn.Module) -> dict[str, dict[str, Any]]:
 def family_for(model: nn.Module, wanted: str | None) -> str:
     """The sampler: what was asked for, or LLaDA's, which runs on every masked diffusion model, or `autoregressive`."""
     if kind_of(model) != "masked diffusion":
-        return "autoregressive"
+        return AUTOREGRESSIVE
     return wanted if wanted in FAMILIES else BLOCKS

@@ -34,7 +34,7 @@ def bench(
     tell("ceiling", 0, 1)
     ceiling = measure_ceiling(subject.device, subject.dtype)
     tell("ceiling", 1, 1)
-    chosen = modes(subject.model, work.family, plan, settings.threshold)
+    chosen = modes(subject.model, work.family, plan, settings.threshold, settings.compile)
     work.warm_up(chosen[0])
     first = {}
     for number, mode in enumerate(chosen):

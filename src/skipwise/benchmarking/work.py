@@ -8,7 +8,7 @@ from typing import Any
 from torch import Tensor
 
 from skipwise.benchmarking.memory import measuring_peak
-from skipwise.benchmarking.modes import BLOCKS, EXACT, THRESHOLD, Mode, family_for
+from skipwise.benchmarking.modes import AUTOREGRESSIVE, BLOCKS, EXACT, THRESHOLD, Mode, family_for
 from skipwise.benchmarking.result import Ceiling, Interval, Row, Workload
 from skipwise.benchmarking.subject import Subject, lengths, prompts
 from skipwise.benchmarking.timing import ratio
@@ -29,7 +29,8 @@ class BenchSettings:
 
     prompt_length, gen_length: tokens; up to 128 each where left out. block_length: of block-wise decoding, up to 32
     where left out. family: of samplers; LLaDA's where left out, which decodes any masked diffusion model block by
-    block. threshold: of the parallel mode. rounds: every mode runs once in each, in turns.
+    block. threshold: of the parallel mode. compile: also time exact decoding through `torch.compile`. rounds: every
+    mode runs once in each, in turns.
     """
 
     batch: int = 1
@@ -38,6 +39,7 @@ class BenchSettings:
     block_length: int | None = None
     family: str | None = None
     threshold: float = THRESHOLD
+    compile: bool = False
     rounds: int = 5
     seed: int = 0
 
@@ -72,7 +74,7 @@ class Work:
     def run(self, mode: Mode, gen_length: int | None = None) -> Generated:
         """Decode once."""
         given = {**self.settings, **mode.settings}
-        if self.family != "autoregressive":
+        if self.family != AUTOREGRESSIVE:
             given |= {"family": self.family, "others": self.others}
         return generate(
             self.subject.model,
@@ -103,7 +105,7 @@ class Work:
     @property
     def has_prefill(self) -> bool:
         """Whether the prompt has a forward of its own, which is not part of decoding."""
-        return self.family == "autoregressive" and self.gen_length > 1
+        return self.family == AUTOREGRESSIVE and self.gen_length > 1
 
     def row(self, mode: Mode, first: First, exact: First, seconds: dict[str, list[float]], ceiling: Ceiling) -> Row:
         """What was measured of a mode; seconds: of every call, round by round, exact decoding's first."""
@@ -121,7 +123,7 @@ class Work:
             plan=mode.plan.describe() if mode.plan else None,
             seconds=took,
             seconds_to_exact=Interval(value=compared.value, low=compared.low, high=compared.high),
-            first_seconds=first.stats.seconds,
+            first_seconds=first.stats.seconds + first.stats.warmup_seconds,
             tokens_per_second=len(self.inputs) * new / decoding,
             forwards=forwards,
             seconds_per_forward=took / forwards,
