@@ -1,6 +1,7 @@
 """What `bench` decodes: prompts and settings that all modes share, one run of a mode, and the row it makes."""
 
 import statistics
+import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -53,10 +54,11 @@ class BenchSettings:
 
 @dataclass(frozen=True)
 class First:
-    """The first run of a mode: tokens (batch, new), what it took, and the peak of its memory."""
+    """The first run of a mode: tokens (batch, new), what it took, and seconds with all that came first."""
 
     tokens: Tensor
     stats: Statistics
+    seconds: float
     peak: int | None
 
 
@@ -91,9 +93,11 @@ class Work:
 
     def first(self, mode: Mode) -> First:
         """Decode once, alone, and watch the memory."""
+        began = time.perf_counter()
         with measuring_peak(self.subject.device) as peak:
             out = self.run(mode)
-        return First(out.sequences[:, self.inputs.shape[1] :], out.stats, peak.bytes)
+        seconds = time.perf_counter() - began
+        return First(out.sequences[:, self.inputs.shape[1] :], out.stats, seconds, peak.bytes)
 
     def calls(self, mode: Mode) -> dict[str, Callable[[], Generated]]:
         """What is timed; of a model with a KV cache also the prompt's forward, which makes the first token."""
@@ -123,7 +127,7 @@ class Work:
             plan=mode.plan.describe() if mode.plan else None,
             seconds=took,
             seconds_to_exact=Interval(value=compared.value, low=compared.low, high=compared.high),
-            first_seconds=first.stats.seconds + first.stats.warmup_seconds,
+            first_seconds=first.seconds,
             tokens_per_second=len(self.inputs) * new / decoding,
             forwards=forwards,
             seconds_per_forward=took / forwards,
