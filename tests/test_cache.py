@@ -169,6 +169,17 @@ def test_a_row_does_not_depend_on_its_neighbours(model: nn.Module, kind: Kind, w
         assert torch.equal(alone[0], together[row, row:])
 
 
+@pytest.mark.parametrize("kind", ["prefix", "dual"])
+def test_rows_that_end_leave_and_change_nothing(model: nn.Module, kind: Kind) -> None:
+    free, forwards = decode(model, cache=kind)
+    end = int(free[0, PROMPT + 1])  # what the first row says early; others say it later or never
+    together, fewer = decode(model, cache=kind, eos_token_id=end)
+    assert {forward.rows for forward in fewer} > {3} or len(fewer) < len(forwards)
+    for row, (said, text) in enumerate(zip(together[:, PROMPT:].tolist(), free[:, PROMPT:].tolist(), strict=True)):
+        stop = text.index(end) + 1 if end in text else len(text)
+        assert said[:stop] == text[:stop], row
+
+
 def test_what_each_kind_runs(model: nn.Module) -> None:
     back = model.shift
     prefix = [LENGTH, *[12 + back] * 3, LENGTH, *[8 + back] * 3, LENGTH, *[4 + back] * 3]

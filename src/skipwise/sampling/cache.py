@@ -88,12 +88,11 @@ class Windows:
         self._rows: tuple[int, ...] = ()
         self._of: object = None  # what `stored` holds the features of
         self._age = 0  # forwards since everything was run
-        self._late = 0  # where tokens begin that may have been committed since they were run
+        self._late = 0  # from where on tokens may have been committed since they were run
 
     def begin(self, block: slice) -> None:
         """Decode this block from now on, up from its first mask."""
-        late = block if self.stored is None else self.block
-        self.block, self._late = block, min(block.start, late.start)
+        self.block, self._late = block, min(block.start, self._late)
         if self.kind != "interval":
             self.stored = None
 

@@ -8,7 +8,7 @@ same law. First hitting without a number of steps is the continuous-time limit, 
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
@@ -88,7 +88,7 @@ def predict(denoiser: Denoiser, step: Step, part: Part, time: Tensor, where: tup
     return replace(prediction, head=head)
 
 
-def conditioning(model: nn.Module, time: Tensor, inputs: Tensor) -> dict[str, Tensor]:
+def conditioning(model: nn.Module, time: Tensor, inputs: Tensor) -> dict[str, Any]:
     """What a model is told beside its `inputs` (rows, length): the noise at `time`, () or (rows,), or nothing."""
     return {"sigma": sigma_of(time).float().expand(len(inputs)).to(inputs.device)} if _conditioned(model) else {}
 
