@@ -33,7 +33,7 @@ reproduce-p2: .venv/.installed-dev smollm2  ## Make docs/results/p2.md anew (abo
 
 bench: .venv/.installed-dev  ## Timings in turns, and docs/results/speed.md anew (about 20 minutes of two idle cores)
 	$(BIN)/python benchmarks/skip_overhead.py --pairs 100
-	HF_HUB_OFFLINE=1 $(BIN)/python benchmarks/speed.py -o docs/results/speed.json
+	HF_HUB_OFFLINE=1 $(BIN)/python benchmarks/speed.py --compile -o docs/results/speed.json
 	$(BIN)/python benchmarks/speed_page.py docs/results/speed.json -o docs/results/speed.md
 
 smollm2: .venv/.installed-gguf  ## Fetch SmolLM2-135M once (93 MB) and convert it

@@ -12,8 +12,8 @@ extremes); beside it the share of new tokens that are equal. The first pair is n
 - modes: approximate decoding against exact decoding.
 - others: reading states for an analysis; block evaluations of the greedy planner, counted.
 
-    python benchmarks/speed.py -o docs/results/speed.json     # all; about 20 minutes of two cores
-    python benchmarks/speed.py --quick                        # small models, one pair: does it run?
+    python benchmarks/speed.py --compile -o docs/results/speed.json    # all; an estimated 20 minutes of two cores
+    python benchmarks/speed.py --quick                                 # small models, one pair: does it run?
 docs/results/speed.md is made of the JSON by speed_page.py. The last line of stdout is the JSON.
 """
 
@@ -23,7 +23,6 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 import argparse
 import json
-import shutil
 import statistics
 import sys
 import time
@@ -194,13 +193,8 @@ def zoo(options: argparse.Namespace) -> Iterator[Row]:
             padded = False  # the official loop knows no padding
         prompts = zoo_prompts(tokenizer, batch, padded)
         gen = 4 if options.quick else gen
-        compiled = batch == 1 and can_compile()  # half a minute for each model and shape
+        compiled = batch == 1 and options.compile  # takes half a minute for each model and shape
         yield from against_official(name, model, prompts, gen, gen, Turns.of(options, 7), compiled)
-
-
-def can_compile() -> bool:
-    """Whether there is what torch.compile needs on a CPU."""
-    return shutil.which("g++") is not None or shutil.which("clang++") is not None
 
 
 # Published shapes, small
@@ -360,6 +354,7 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="small models, one pair")
     parser.add_argument("--only", action="append", choices=SECTIONS, help="a section; repeat for several")
     parser.add_argument("--pairs", type=int, help="of every row; 1 to 7 by default, by what a run takes")
+    parser.add_argument("--compile", action="store_true", help="also our decoding of the embedded models compiled")
     parser.add_argument("--cpu-time", action="store_true", help="CPU seconds of this process, for a shared machine")
     parser.add_argument("-o", "--output", type=Path, help="a .json file, written after every row")
     options = parser.parse_args()
