@@ -111,7 +111,14 @@ class DreamModel(Bidirectional, Qwen2ForCausalLM):
     ) -> Tensor:
         """What the head makes logits of: (batch, length, width), or at `where` alone; the shift is in it."""
         states = self._run(input_ids, attention_mask, **others)
-        return _shifted(states, _positions(0, states) if where is None else where, attention_mask)
+        if where is not None:
+            return _shifted(states, where, attention_mask)
+        before = torch.cat([states[:, :1], states[:, :-1]], 1)
+        if attention_mask is None:
+            return before
+        present = attention_mask.reshape(len(states), -1).bool()
+        first = present & (present.cumsum(1) == 1)  # left of a row's first token there is only padding
+        return states.where(first[..., None], before)
 
 
 def _positions(logits_to_keep: int | Tensor, states: Tensor) -> Tensor:

@@ -202,7 +202,12 @@ class _FirstHitting:
             border = self.denoiser.border(min(earliest, 1.0))
             rows = [row for row in self.rows if border >= 1.0 or self.events[row][-1][0] < border]
             step = self.canvas.step(len(self.denoiser.forwards), total, min(earliest, 1.0))
-            self._lift(step, rows, [self.events[row].pop() for row in rows])
+            events = [self.events[row].pop() for row in rows]
+            if self.denoiser.fixed_rows:  # the others are run along
+                due = dict(zip(rows, events, strict=True))
+                rows = list(range(len(self.events)))
+                events = [due.get(row, (earliest, [])) for row in rows]
+            self._lift(step, rows, events)
             if self.canvas.looks_for_ends(step.index):
                 self.rows = self.canvas.going(self.rows, self.settings.eos_token_id)
 
