@@ -115,12 +115,24 @@ class DreamModel(Bidirectional, Qwen2ForCausalLM):
         """What the head makes logits of: (batch, length, width), or at `where` alone; the shift is in it."""
         begin = _begin(others.get("past_key_values"))
         states = self._run(input_ids, attention_mask, **others)
-        return _shifted(states, _positions(0, states) if where is None else where, attention_mask, begin)
+        if where is not None:
+            return _shifted(states, where, attention_mask, begin)
+        before = torch.cat([states[:, :1], states[:, :-1]], 1)
+        if attention_mask is None:
+            return before
+        present = _present(attention_mask, begin, states).bool()
+        first = present & (present.cumsum(1) == 1)  # left of a row's first token there is only padding
+        return states.where(first[..., None], before)
 
 
 def _begin(past: Cache | None) -> int:
     """The first position that a forward runs, which is the first that is not in the past."""
     return 0 if past is None else past.get_seq_length()
+
+
+def _present(attention_mask: Tensor, begin: int, states: Tensor) -> Tensor:
+    """The mask (batch, positions) of the positions that run."""
+    return attention_mask.reshape(len(states), -1)[:, begin : begin + states.shape[1]]
 
 
 def _positions(logits_to_keep: int | Tensor, states: Tensor) -> Tensor:
@@ -139,8 +151,7 @@ def _shifted(states: Tensor, where: Where, attention_mask: Tensor | None, begin:
     """The states that predict what is at `where` (see `kept`): one to the left of each position."""
     first = torch.zeros(len(states), 1, dtype=torch.long, device=states.device)
     if attention_mask is not None:  # left of a row's first token there is only padding
-        present = attention_mask.reshape(len(states), -1)[:, begin : begin + states.shape[1]]
-        first = present.int().argmax(1, keepdim=True)
+        first = _present(attention_mask, begin, states).int().argmax(1, keepdim=True)
     if isinstance(where, Tensor) and where.dtype != torch.bool:
         return kept(states, (where - 1).maximum(first))
     rows, positions = where if isinstance(where, tuple) else where.nonzero(as_tuple=True)
