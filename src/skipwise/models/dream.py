@@ -89,36 +89,40 @@ class DreamModel(Bidirectional, Qwen2ForCausalLM):
         input_ids: Tensor | None = None,
         attention_mask: Tensor | None = None,
         *,
-        logits_to_keep: int | Tensor = 0,
+        logits_to_keep: Any = 0,
+        states: bool = False,
         **kwargs: Any,
-    ) -> CausalLMOutputWithPast:
+    ) -> Any:
         """The logits of position p are made from the state at p - 1; a row's first token keeps its own.
 
         logits_to_keep: positions to predict, as an index (positions,), as one for each row (batch, positions), or as a
         bool mask (batch, length), whose logits are (n, vocab_size), row by row; or the last n of them; 0 is all.
         Rotary positions count the padding too: attention sees differences of positions only, so that a left-padded
         row gives what it gives alone.
+        states: return what `self.states` does, at logits_to_keep, instead of logits.
         """
+        if states:
+            return self.states(cast(Tensor, input_ids), attention_mask, logits_to_keep, **kwargs)
         outputs = self.model(input_ids, attention_mask=attention_mask, **kwargs)
-        states = outputs.last_hidden_state
-        logits = self.lm_head(_shifted(states, _positions(logits_to_keep, states), attention_mask))
+        found = outputs.last_hidden_state
+        logits = self.lm_head(_shifted(found, _positions(logits_to_keep, found), attention_mask))
         return CausalLMOutputWithPast(
             logits=cast(Any, logits), hidden_states=outputs.hidden_states, attentions=outputs.attentions
         )
 
     def states(
-        self, input_ids: Tensor, attention_mask: Tensor | None = None, where: Where | None = None, **others: Any
+        self, input_ids: Tensor, attention_mask: Tensor | None = None, where: Where | int | None = None, **others: Any
     ) -> Tensor:
         """What the head makes logits of: (batch, length, width), or at `where` alone; the shift is in it."""
         states = self._run(input_ids, attention_mask, **others)
-        if where is not None:
+        if where is not None and not isinstance(where, int):
             return _shifted(states, where, attention_mask)
         before = torch.cat([states[:, :1], states[:, :-1]], 1)
-        if attention_mask is None:
-            return before
-        present = attention_mask.reshape(len(states), -1).bool()
-        first = present & (present.cumsum(1) == 1)  # left of a row's first token there is only padding
-        return states.where(first[..., None], before)
+        if attention_mask is not None:
+            present = attention_mask.reshape(len(states), -1).bool()
+            first = present & (present.cumsum(1) == 1)  # left of a row's first token there is only padding
+            before = states.where(first[..., None], before)
+        return kept(before, where)
 
 
 def _positions(logits_to_keep: int | Tensor, states: Tensor) -> Tensor:

@@ -197,12 +197,15 @@ class MDLM(PreTrainedModel):
         input_ids: Tensor,
         attention_mask: Tensor | None = None,
         sigma: Tensor | None = None,
-        logits_to_keep: Tensor | int = 0,
-    ) -> MaskedLMOutput:
+        logits_to_keep: Where | int = 0,
+        states: bool = False,
+    ) -> Any:
         """One forward; see the class for shapes. logits_to_keep: a bool mask (batch, length), whose logits are (n,
-        vocab_size), row by row; positions (k,) or (batch, k); or the last n positions; 0 is all.
+        vocab_size), row by row; positions (k,) or (batch, k); or the last n positions; 0 is all. states: return what
+        `self.states` does, at logits_to_keep, instead of logits.
         """
-        return MaskedLMOutput(logits=self.head(self.states(input_ids, attention_mask, logits_to_keep, sigma=sigma)))
+        found = self.states(input_ids, attention_mask, logits_to_keep, sigma=sigma)
+        return found if states else MaskedLMOutput(logits=self.head(found))
 
     def states(
         self,
