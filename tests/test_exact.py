@@ -12,6 +12,7 @@ from torch.utils._pytree import tree_leaves
 
 import skipwise as sw
 from skipwise.blocks import find_contract
+from skipwise.models import head_of
 from skipwise.models.bidirectional import kept
 from skipwise.plan import Phase, Plan
 from skipwise.sampling import FAMILIES, Denoiser, Step, noise, prediction
@@ -70,7 +71,9 @@ def test_logits_to_keep(name: str, where: Any) -> None:
     model = ROWS[name]()
     with torch.no_grad():
         whole, some = model(IDS).logits, model(IDS, logits_to_keep=where).logits
+        states = model(IDS, logits_to_keep=where, states=True)
     torch.testing.assert_close(some, kept(whole, where), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(head_of(model)(states), some, rtol=1e-5, atol=1e-5)
 
 
 def test_logits_are_read_in_chunks(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -148,7 +148,8 @@ class Denoiser:
         if self.compiled:
             states = kept(self.compiled.states(model, running.cut, inputs, attention_mask, others), where)
         elif head is not None:
-            states = cast(Any, model).states(inputs, attention_mask, where, **others)
+            # called as a module, so that hooks on it run
+            states = model(input_ids=inputs, attention_mask=attention_mask, logits_to_keep=where, states=True, **others)
         else:
             states = kept(model(input_ids=inputs, attention_mask=attention_mask, **others).logits, where)
         words = states.shape[-1] if head is None else cast(Any, model.config).vocab_size
