@@ -307,3 +307,9 @@ def test_a_model_that_takes_no_stored_keys_is_refused() -> None:
 
     with pytest.raises(UserError, match=r"Plain cannot decode with cache='dual'.*native models"):
         llada_decode(Denoiser(Plain()), prompts()[0], LLaDASettings(gen_length=4, cache="dual"))
+
+
+def test_compiling_a_step_is_refused_with_a_cache() -> None:
+    tokens, _ = prompts()
+    with pytest.raises(UserError, match=r"compile=True needs forwards of one length.*cache='dual'"):
+        sw.generate(ROWS["llada"](), tokens, gen_length=4, cache="dual", compile=True)

@@ -21,7 +21,7 @@ class Bidirectional:
             layer.self_attn.is_causal = False  # the SDPA kernels read this flag when there is no padding mask
 
     def states(
-        self, input_ids: Tensor, attention_mask: Tensor | None = None, where: Where | None = None, **others: Any
+        self, input_ids: Tensor, attention_mask: Tensor | None = None, where: Where | int | None = None, **others: Any
     ) -> Tensor:
         """What the head makes logits of: (rows, length, width), or at `where` alone, as `kept` says."""
         return kept(self._run(input_ids, attention_mask, **others), where)

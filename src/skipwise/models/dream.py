@@ -90,9 +90,10 @@ class DreamModel(Bidirectional, Qwen2ForCausalLM):
         input_ids: Tensor | None = None,
         attention_mask: Tensor | None = None,
         *,
-        logits_to_keep: int | Tensor = 0,
+        logits_to_keep: Any = 0,
+        states: bool = False,
         **kwargs: Any,
-    ) -> CausalLMOutputWithPast:
+    ) -> Any:
         """The logits of position p are made from the state at p - 1; a row's first token keeps its own.
 
         logits_to_keep: positions to predict, as an index (positions,), as one for each row (batch, positions), or as a
@@ -100,27 +101,42 @@ class DreamModel(Bidirectional, Qwen2ForCausalLM):
         Rotary positions count the padding too: attention sees differences of positions only, so that a left-padded
         row gives what it gives alone. With past_key_values, positions are those of the window that runs, whose first
         one keeps its own state.
+        states: return what `self.states` does, at logits_to_keep, instead of logits.
         """
+        if states:
+            return self.states(cast(Tensor, input_ids), attention_mask, logits_to_keep, **kwargs)
         begin = _begin(kwargs.get("past_key_values"))
         outputs = self.model(input_ids, attention_mask=attention_mask, **kwargs)
-        states = outputs.last_hidden_state
-        logits = self.lm_head(_shifted(states, _positions(logits_to_keep, states), attention_mask, begin))
+        found = outputs.last_hidden_state
+        logits = self.lm_head(_shifted(found, _positions(logits_to_keep, found), attention_mask, begin))
         return CausalLMOutputWithPast(
             logits=cast(Any, logits), hidden_states=outputs.hidden_states, attentions=outputs.attentions
         )
 
     def states(
-        self, input_ids: Tensor, attention_mask: Tensor | None = None, where: Where | None = None, **others: Any
+        self, input_ids: Tensor, attention_mask: Tensor | None = None, where: Where | int | None = None, **others: Any
     ) -> Tensor:
         """What the head makes logits of: (batch, length, width), or at `where` alone; the shift is in it."""
         begin = _begin(others.get("past_key_values"))
         states = self._run(input_ids, attention_mask, **others)
-        return _shifted(states, _positions(0, states) if where is None else where, attention_mask, begin)
+        if where is not None and not isinstance(where, int):
+            return _shifted(states, where, attention_mask, begin)
+        before = torch.cat([states[:, :1], states[:, :-1]], 1)
+        if attention_mask is not None:
+            present = _present(attention_mask, begin, states).bool()
+            first = present & (present.cumsum(1) == 1)  # left of a row's first token there is only padding
+            before = states.where(first[..., None], before)
+        return kept(before, where)
 
 
 def _begin(past: Cache | None) -> int:
     """The first position that a forward runs, which is the first that is not in the past."""
     return 0 if past is None else past.get_seq_length()
+
+
+def _present(attention_mask: Tensor, begin: int, states: Tensor) -> Tensor:
+    """The mask (batch, positions) of the positions that run."""
+    return attention_mask.reshape(len(states), -1)[:, begin : begin + states.shape[1]]
 
 
 def _positions(logits_to_keep: int | Tensor, states: Tensor) -> Tensor:
@@ -139,8 +155,7 @@ def _shifted(states: Tensor, where: Where, attention_mask: Tensor | None, begin:
     """The states that predict what is at `where` (see `kept`): one to the left of each position."""
     first = torch.zeros(len(states), 1, dtype=torch.long, device=states.device)
     if attention_mask is not None:  # left of a row's first token there is only padding
-        present = attention_mask.reshape(len(states), -1)[:, begin : begin + states.shape[1]]
-        first = present.int().argmax(1, keepdim=True)
+        first = _present(attention_mask, begin, states).int().argmax(1, keepdim=True)
     if isinstance(where, Tensor) and where.dtype != torch.bool:
         return kept(states, (where - 1).maximum(first))
     rows, positions = where if isinstance(where, tuple) else where.nonzero(as_tuple=True)

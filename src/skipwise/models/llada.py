@@ -170,6 +170,22 @@ class LLaDAModelLM(Bidirectional, LlamaForCausalLM):
         )
         return random_model(cls, config, dtype=dtype, device=device, seed=seed)
 
+    def forward(
+        self,
+        input_ids: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.Tensor | None = None,
+        *,
+        logits_to_keep: Any = 0,
+        states: bool = False,
+        **kwargs: Any,
+    ) -> Any:
+        """Llama's forward. states: return what `self.states` does, at logits_to_keep, instead of logits."""
+        inputs = {"input_ids": input_ids, "attention_mask": attention_mask, "position_ids": position_ids, **kwargs}
+        if states:
+            return self.states(where=logits_to_keep, **inputs)
+        return super().forward(**inputs, logits_to_keep=logits_to_keep)
+
 
 LLaDA = LLaDAModelLM  # the paper's name
 

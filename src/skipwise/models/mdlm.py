@@ -182,7 +182,7 @@ class MDLM(PreTrainedModel):
     base_model_prefix = ""
     main_input_name = "input_ids"
     is_masked_diffusion = True
-    takes_cache = True  # past_key_values, of `states`
+    takes_cache = True  # past_key_values
     shift = 0  # how far before a position the state is that predicts it
     family = "mdlm"  # of samplers
     _no_split_modules = {"MDLMBlock"}  # noqa: RUF012 (transformers' own way)
@@ -215,12 +215,16 @@ class MDLM(PreTrainedModel):
         input_ids: Tensor,
         attention_mask: Tensor | None = None,
         sigma: Tensor | None = None,
-        logits_to_keep: Tensor | int = 0,
-    ) -> MaskedLMOutput:
+        logits_to_keep: Where | int = 0,
+        states: bool = False,
+        past_key_values: Cache | None = None,
+    ) -> Any:
         """One forward; see the class for shapes. logits_to_keep: a bool mask (batch, length), whose logits are (n,
-        vocab_size), row by row; positions (k,) or (batch, k); or the last n positions; 0 is all.
+        vocab_size), row by row; positions (k,) or (batch, k); or the last n positions; 0 is all. states: return what
+        `self.states` does, at logits_to_keep, instead of logits.
         """
-        return MaskedLMOutput(logits=self.head(self.states(input_ids, attention_mask, logits_to_keep, sigma=sigma)))
+        found = self.states(input_ids, attention_mask, logits_to_keep, sigma=sigma, past_key_values=past_key_values)
+        return found if states else MaskedLMOutput(logits=self.head(found))
 
     def states(
         self,

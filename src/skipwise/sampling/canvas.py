@@ -154,12 +154,13 @@ class Canvas:
         """Whether to look at this step: at every one on a CPU; elsewhere now and then, as it waits for the device."""
         return self.sequences.device.type == "cpu" or step % LOOKS == LOOKS - 1
 
-    def going(self, rows: Sequence[int], eos: int | None) -> list[int]:
-        """Those of the rows that have not ended."""
+    def going(self, rows: Sequence[int], eos: int | None, together: bool = False) -> list[int]:
+        """Those of the rows that have not ended; together: all of them until the last has."""
         if eos is None or self.prompt == self.sequences.shape[1]:
             return list(rows)
         ended = self.ended(eos).tolist()
-        return [row for row in rows if not ended[row]]
+        going = [row for row in rows if not ended[row]]
+        return list(rows) if together and going else going
 
     def finished(self, eos: int | None) -> bool:
         """Whether every row holds a committed `eos` after the prompt with no mask before it."""

@@ -11,6 +11,7 @@ from skipwise.models import head_of, mask_token
 from skipwise.models.bidirectional import Where, kept
 from skipwise.plan import Plan
 from skipwise.sampling.cache import Windows
+from skipwise.sampling.compiling import Compiled
 from skipwise.sampling.others import load_others
 from skipwise.sampling.prediction import Prediction
 from skipwise.skipping import Cut, Skipping, cut_now, skip
@@ -63,7 +64,7 @@ class Denoiser:
     """Masked diffusion models as samplers see them: one after the other, as the plan says.
 
     model: the plan's own; plan: with the phases that name models, `skipping` what of it is in force in the plan's own
-    model; others: the models that phases name; on_step: a user's callback.
+    model; others: the models that phases name; on_step: a user's callback; compiled: runs models compiled.
     """
 
     model: nn.Module
@@ -72,6 +73,7 @@ class Denoiser:
     others: Mapping[str, nn.Module] = field(default_factory=dict)
     on_step: Callable[[Step], None] | None = None
     forwards: list[Forward] = field(default_factory=list)
+    compiled: Compiled | None = None
 
     def __post_init__(self) -> None:
         if self.plan is None and self.skipping is not None:
@@ -99,7 +101,7 @@ class Denoiser:
     @property
     def fixed_rows(self) -> bool:
         """Whether every forward must be of all rows."""
-        return False
+        return self.compiled is not None
 
     def named(self, name: str | None) -> nn.Module:
         """The model that the plan calls so; None is its own."""
@@ -142,13 +144,16 @@ class Denoiser:
             stored = windows.next(length, running, cast(Any, model).shift)
             inputs, where = inputs[:, stored.window], stored.local(where)
             others = {**others, "past_key_values": stored}
-        head = None if where is None else head_of(model)
-        if head is None:
-            logits = model(input_ids=inputs, attention_mask=attention_mask, **others).logits
-            prediction = Prediction(kept(logits, where), lambda logits: logits, logits.shape[-1])
+        head = head_of(model) if where is not None or self.compiled else None
+        if self.compiled:
+            states = kept(self.compiled.states(model, running.cut, inputs, attention_mask, others), where)
+        elif head is not None:
+            # called as a module, so that hooks on it run
+            states = model(input_ids=inputs, attention_mask=attention_mask, logits_to_keep=where, states=True, **others)
         else:
-            states = cast(Any, model).states(inputs, attention_mask, where, **others)
-            prediction = Prediction(states, head, cast(Any, model.config).vocab_size)
+            states = kept(model(input_ids=inputs, attention_mask=attention_mask, **others).logits, where)
+        words = states.shape[-1] if head is None else cast(Any, model.config).vocab_size
+        prediction = Prediction(states, head or _as_it_is, words)
         predicted = None if head is None else prediction.states.shape[:-1].numel()
         self.forwards.append(Forward(running, inputs.shape[0], inputs.shape[1], predicted, length))
         return prediction
@@ -158,6 +163,10 @@ class Denoiser:
         return self.plan.phase_at(progress).until if self.plan else 1.0
 
 
+def _as_it_is(logits: Tensor) -> Tensor:
+    return logits
+
+
 @contextmanager
 def denoising(
     model: nn.Module,
@@ -165,12 +174,14 @@ def denoising(
     others: Mapping[str, nn.Module] | None = None,
     on_step: Callable[[Step], None] | None = None,
     tokenizer: Any = None,
+    compile: bool = False,
 ) -> Iterator[Denoiser]:
     """A denoiser that follows the plan for as long as the `with` lasts.
 
     others: models by the names that the plan's phases give them; those not here are loaded by that name. tokenizer: the
-    model's, to be compared with theirs. Raises UserError as `skip` does, and for models that do not share their tokens.
+    model's, to be compared with theirs. compile: run the models compiled. Raises UserError as `skip` does, and for
+    models that do not share their tokens.
     """
     found = load_others(plan, model, tokenizer, others)
     with skip(model, plan.own_part) if plan else nullcontext() as skipping:
-        yield Denoiser(model, skipping, plan, found, on_step)
+        yield Denoiser(model, skipping, plan, found, on_step, compiled=Compiled() if compile else None)

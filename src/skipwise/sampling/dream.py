@@ -160,7 +160,7 @@ class _Plain:
         for row in part.rows:
             self.left[row] -= quota[row]
         if self.canvas.looks_for_ends(i):
-            self._let_go(denoiser)
+            self.rows = self.canvas.going(self.rows, self.settings.eos_token_id, denoiser.fixed_rows)
 
     def commit(self, i: int, logits: Tensor) -> None:
         """Commit the tokens of a step; a hook may have changed the masks. logits: (batch, length, vocabulary)."""
@@ -179,12 +179,6 @@ class _Plain:
         if self.settings.alg == "origin":
             return self.counts[row][i]
         return self.left[row] if i == self.steps - 1 else min(quota_of(self.masks[row], self.steps, i), self.left[row])
-
-    def _let_go(self, denoiser: Denoiser) -> None:
-        if not denoiser.fixed_rows:
-            self.rows = self.canvas.going(self.rows, self.settings.eos_token_id)
-        elif self.canvas.finished(self.settings.eos_token_id):
-            self.rows = []
 
     def _commit(
         self, i: int, part: Part, prediction: Prediction, where: tuple[Tensor, Tensor], quota: Sequence[int]

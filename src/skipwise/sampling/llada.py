@@ -69,6 +69,8 @@ class LLaDASettings(Settings):
         """What decides which positions run; None where all do. Raises UserError for a model that takes no cache."""
         if self.cache is None:
             return None
+        if denoiser.compiled:
+            raise UserError(f"compile=True needs forwards of one length; leave it out, or cache={self.cache!r}.")
         check_cacheable((denoiser.model, *denoiser.others.values()), self.cache)
         return Windows(self.cache, canvas.prompt, self.refresh, self.prompt_refresh)
 
@@ -156,7 +158,8 @@ class _Plain:
                 left[row] -= quota[row]
                 self.left[row] -= quota[row]
             if i == steps - 1 or self.canvas.looks_for_ends(i):
-                self._let_go()
+                # nothing that a row would still commit after its end is kept
+                self.rows = self.canvas.going(self.rows, self.settings.eos_token_id, self.denoiser.fixed_rows)
 
     def until_filled(self, window: slice) -> None:
         """Fill a block in as many steps as the threshold asks for; a step asks once what is left."""
@@ -167,7 +170,7 @@ class _Plain:
                 [masked[:, window].sum(1), masked.sum(1), self.canvas.ended(self.settings.eos_token_id)]
             )
             left, self.left, ended = counts.tolist()
-            if self.denoiser.timeless or all(ended):
+            if all(ended) or (self.denoiser.timeless and not self.denoiser.fixed_rows):
                 self.rows = [row for row in self.rows if not ended[row]]
             rows = [row for row in self.rows if left[row] or self.denoiser.fixed_rows]
             if not any(left[row] for row in rows):
@@ -181,13 +184,6 @@ class _Plain:
         if self.windows is not None:
             first = self.canvas.masked[:, window].any(0).int().argmax()
             self.windows.begin(slice(window.start + int(first), window.stop))
-
-    def _let_go(self) -> None:
-        """Rows that have ended leave the batch: nothing that they would still commit is kept."""
-        if not self.denoiser.fixed_rows:
-            self.rows = self.canvas.going(self.rows, self.settings.eos_token_id)
-        elif self.canvas.finished(self.settings.eos_token_id):
-            self.rows = []
 
     def _commit(
         self, step: Step, window: slice, rows: Sequence[int], left: Sequence[int], quota: list[int] | None

@@ -107,6 +107,7 @@ class _Ancestral:
         self.generator = torch.Generator(canvas.sequences.device).manual_seed(settings.seed)
         self.noise = Noise(settings.seed, canvas)
         self.rows = list(range(len(canvas.sequences)))  # those that have not ended
+        self.together = settings.compat is not None or denoiser.fixed_rows
         self._cached: tuple[Running, Prediction] | None = None
 
     def fill(self) -> None:
@@ -119,8 +120,8 @@ class _Ancestral:
             before, left = left, self.canvas.left
             if before != left:
                 self._cached = None
-                if self.canvas.looks_for_ends(i) and not self.denoiser.fixed_rows:
-                    self.rows = self.canvas.going(self.rows, self.settings.eos_token_id)
+                if self.canvas.looks_for_ends(i):
+                    self.rows = self.canvas.going(self.rows, self.settings.eos_token_id, self.together)
             # the official code runs on over filled sequences, which changes nothing
             if not any(left[row] for row in self.rows):
                 return
@@ -132,8 +133,7 @@ class _Ancestral:
 
     def _work(self, left: Sequence[int]) -> tuple[Part, tuple[Tensor, Tensor]]:
         """The rows to be run, of which so many masks are left, and where those are."""
-        every = self.settings.compat or self.denoiser.fixed_rows
-        part = self.canvas.part(row for row in self.rows if left[row] or every)
+        part = self.canvas.part(row for row in self.rows if left[row] or self.together)
         return part, places(part.masked, sum(left[row] for row in part.rows))
 
     def _predict(self, index: int, part: Part, where: tuple[Tensor, Tensor], time: Tensor) -> Prediction:
@@ -202,7 +202,12 @@ class _FirstHitting:
             border = self.denoiser.border(min(earliest, 1.0))
             rows = [row for row in self.rows if border >= 1.0 or self.events[row][-1][0] < border]
             step = self.canvas.step(len(self.denoiser.forwards), total, min(earliest, 1.0))
-            self._lift(step, rows, [self.events[row].pop() for row in rows])
+            events = [self.events[row].pop() for row in rows]
+            if self.denoiser.fixed_rows:  # the others are run along
+                due = dict(zip(rows, events, strict=True))
+                rows = list(range(len(self.events)))
+                events = [due.get(row, (earliest, [])) for row in rows]
+            self._lift(step, rows, events)
             if self.canvas.looks_for_ends(step.index):
                 self.rows = self.canvas.going(self.rows, self.settings.eos_token_id)
 
