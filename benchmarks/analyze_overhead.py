@@ -21,6 +21,7 @@ import platform
 import statistics
 import time
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -29,6 +30,7 @@ from torch import nn
 import skipwise as sw
 from skipwise.analysis.run import Run
 from skipwise.analysis.samples import Batch, batches, tokenize
+from skipwise.benchmarking.timing import in_turns, ratio, timed
 from skipwise.blocks import find_contract
 from skipwise.calibration import Text
 from skipwise.cost import price_blocks
@@ -79,21 +81,6 @@ def forwards(model: nn.Module, work: Sequence[Batch]) -> None:
             model(input_ids=batch.ids.masked_fill(masked, mask_token(model)) if diffusion else batch.ids)
 
 
-def timed(call: Callable[[], object], clock: Callable[[], float]) -> float:
-    """Seconds of one call."""
-    began = clock()
-    call()
-    return clock() - began
-
-
-def bootstrap(values: list[float]) -> tuple[float, float]:
-    """95% interval of the median."""
-    tensor = torch.tensor(values)
-    places = torch.randint(len(values), (2000, len(values)), generator=torch.Generator().manual_seed(0))
-    low, high = tensor[places].median(1).values.quantile(torch.tensor([0.025, 0.975])).tolist()
-    return low, high
-
-
 def measure(
     name: str,
     model: nn.Module,
@@ -119,26 +106,16 @@ def measure(
     def plain() -> object:
         return forwards(model, work)
 
-    ratios, seconds = [], []
     with torch.no_grad():
-        for pair in range(warmup + pairs):
-            order = (analysed, plain) if pair % 2 else (plain, analysed)
-            times = {call: timed(call, clock) for call in order}
-            if pair >= warmup:
-                ratios.append(times[analysed] / times[plain])
-                seconds.append(times[plain])
-    low, high = bootstrap(ratios)
+        seconds = in_turns({"analysed": analysed, "plain": plain}, pairs, warmup, partial(timed, clock=clock))
     return {
         "model": name,
         "parts": ",".join(parts),
         "texts": len(samples),
         "tokens": sum(len(sample.ids) for sample in samples),
-        "ratio": round(statistics.median(ratios), 4),
-        "low": round(low, 4),
-        "high": round(high, 4),
-        "plain_seconds": round(statistics.median(seconds), 3),
+        **ratio(seconds["analysed"], seconds["plain"]).rounded(4),
+        "plain_seconds": round(statistics.median(seconds["plain"]), 3),
         "once_ms": round(1000 * once, 1),
-        "pairs": pairs,
     }
 
 

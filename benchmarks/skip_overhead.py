@@ -20,12 +20,12 @@ import json
 import platform
 import statistics
 import time
-from collections.abc import Callable
 
 import torch
 from torch import nn
 
 import skipwise as sw
+from skipwise.benchmarking.timing import in_turns, ratio
 from skipwise.blocks import find_contract
 from skipwise.examples import Size, example_inputs
 from skipwise.plan import Plan
@@ -51,23 +51,6 @@ def deleted(model: nn.Module, stack: str, numbers: list[int]) -> nn.Module:
     return other
 
 
-def timed(call: Callable[[], object]) -> float:
-    """Seconds of one call."""
-    began = time.perf_counter()
-    call()
-    return time.perf_counter() - began
-
-
-def bootstrap(values: list[float]) -> tuple[float, float]:
-    """95% interval of the median."""
-    tensor = torch.tensor(values)
-    draws = tensor[torch.randint(len(values), (2000, len(values)), generator=torch.Generator().manual_seed(0))].median(
-        1
-    )
-    low, high = draws.values.quantile(torch.tensor([0.025, 0.975])).tolist()
-    return low, high
-
-
 def measure(name: str, model: nn.Module, pairs: int, warmup: int) -> dict[str, object]:
     """The ratio for one model, a quarter of its longest stack skipped."""
     model = copy.deepcopy(model)  # as the deleted one is: weights mapped from a file are read more slowly than copies
@@ -76,29 +59,19 @@ def measure(name: str, model: nn.Module, pairs: int, warmup: int) -> dict[str, o
     numbers = list(range(1, contract.stacks[stack].length, 4))
     short, plan = deleted(model, stack, numbers), Plan.static(contract.shape, {stack: numbers})
     inputs = example_inputs(model, Size(tokens=64, image=16, text=32, batch=1))
-    ratios, seconds = [], []
     began = time.perf_counter()
     with sw.skip(model, plan), torch.no_grad():
         entered = time.perf_counter() - began
-        under, removed = (lambda: model(**inputs)), (lambda: short(**inputs))
-        for pair in range(warmup + pairs):
-            order = (under, removed) if pair % 2 else (removed, under)
-            times = {call: timed(call) for call in order}
-            if pair >= warmup:
-                ratios.append(times[under] / times[removed])
-                seconds.append(times[removed])
-    low, high = bootstrap(ratios)
+        calls = {"under": lambda: model(**inputs), "removed": lambda: short(**inputs)}
+        seconds = in_turns(calls, pairs, warmup)
     kind = "pass-through in place" if contract.stacks[stack].in_place else "removed"
     return {
         "model": name,
         "skipped": f"{len(numbers)} of {contract.stacks[stack].length}",
         "how": kind,
-        "ratio": round(statistics.median(ratios), 4),
-        "low": round(low, 4),
-        "high": round(high, 4),
-        "milliseconds": round(1000 * statistics.median(seconds), 3),
+        **ratio(seconds["under"], seconds["removed"]).rounded(4),
+        "milliseconds": round(1000 * statistics.median(seconds["removed"]), 3),
         "entering_ms": round(1000 * entered, 3),
-        "pairs": pairs,
     }
 
 

@@ -15,6 +15,7 @@ from skipwise.zoo.tasks import TASKS
 COMMANDS = (
     "inspect",
     "analyze",
+    "bench",
     "plan",
     "heal",
     "finetune",

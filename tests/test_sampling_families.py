@@ -7,9 +7,9 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 import skipwise as sw
+from benchmarks import official_loops as official
 from skipwise.blocks import find_contract
 from skipwise.plan import Phase, Plan
 from skipwise.sampling import Denoiser, DreamSettings, MDLMSettings
@@ -23,77 +23,6 @@ MASK = 3
 @pytest.fixture(scope="module")
 def dream() -> nn.Module:
     return ROWS["dream"]()
-
-
-def sample_tokens(logits: Tensor, s: DreamSettings) -> tuple[Tensor, Tensor]:
-    """Dream's `sample_tokens`, line by line from its description."""
-    if s.temperature > 0:
-        logits = logits / s.temperature
-    if s.top_p is not None and s.top_p < 1:
-        sorted_logits, sorted_indices = torch.sort(logits, descending=True)
-        remove = torch.cumsum(F.softmax(sorted_logits, dim=-1), dim=-1) > s.top_p
-        remove[..., 1:] = remove[..., :-1].clone()
-        remove[..., 0] = False
-        mask = torch.zeros_like(logits, dtype=torch.bool).scatter_(-1, sorted_indices, remove)
-        logits = logits.masked_fill(mask, torch.finfo(logits.dtype).min)
-    if s.top_k is not None:
-        remove = logits < torch.topk(logits, s.top_k)[0][..., -1, None]
-        logits = logits.masked_fill(remove, torch.finfo(logits.dtype).min)
-    probs = torch.softmax(logits, dim=-1)
-    if s.temperature > 0:
-        x0 = torch.distributions.Categorical(probs=probs).sample()
-        confidence = torch.gather(probs, -1, x0.unsqueeze(-1)).squeeze(-1)
-    else:
-        confidence, x0 = probs.max(dim=-1)
-    if s.alg == "topk_margin":
-        ordered = torch.sort(probs, dim=-1, descending=True)[0]
-        confidence = ordered[:, 0] - ordered[:, 1]
-    if s.alg == "entropy":
-        confidence = torch.sum(probs * torch.log(probs + 1e-10), dim=-1)
-    return confidence, x0
-
-
-@torch.no_grad()
-def official_dream(model: nn.Module, prompt: Tensor, attention_mask: Tensor, s: DreamSettings) -> Tensor:
-    """Dream's `diffusion_generate` under torch's global random state, from its description."""
-    torch.manual_seed(s.seed)
-    x = F.pad(prompt, (0, s.gen_length), value=MASK)
-    mask = F.pad(attention_mask, (0, s.gen_length), value=1)
-    steps = s.steps or s.gen_length
-    times = torch.linspace(1, s.eps, steps + 1)
-    if s.tokens_hook:
-        x = s.tokens_hook(None, x, None)
-    for i in range(steps):
-        masked = x == MASK
-        unshifted = model.lm_head(model.model(x, attention_mask=mask).last_hidden_state)
-        logits = torch.cat([unshifted[:, :1], unshifted[:, :-1]], dim=1)
-        if s.logits_hook:
-            logits = s.logits_hook(i, x, logits)
-        mask_logits = logits[masked]
-        part = 1 - times[i + 1] / times[i] if i < steps - 1 else 1
-        if s.alg == "origin":
-            x0 = torch.zeros_like(x[masked]) + MASK
-            transfer = torch.rand(*x0.shape) < part
-            _, x0[transfer] = sample_tokens(mask_logits[transfer], s)
-            x[masked] = x0
-        else:
-            confidence, x0 = sample_tokens(mask_logits, s)
-            mean = masked.sum() / masked.shape[0]
-            count = int(mean * part) if i < steps - 1 else int(mean)
-            full = torch.full_like(x, -torch.inf, dtype=logits.dtype)
-            full[masked] = confidence
-            if count > 0:
-                if s.alg_temp == 0:
-                    _, index = torch.topk(full, count)
-                else:
-                    index = torch.multinomial(F.softmax(full / s.alg_temp, dim=-1), num_samples=count)
-                filled = torch.zeros_like(x) + MASK
-                filled[masked] = x0
-                rows = torch.arange(x.size(0)).unsqueeze(1).expand_as(index)
-                x[rows, index] = filled[rows, index]
-        if s.tokens_hook:
-            x = s.tokens_hook(i, x, logits)
-    return x
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -110,7 +39,7 @@ def test_dream_compat(dtype: torch.dtype, alg: Any, alg_temp: float, drawn: dict
     mask = torch.tensor([[0, 0, 1, 1, 1], [1, 1, 1, 1, 1]])
     settings = DreamSettings(gen_length=12, steps=steps, alg=alg, alg_temp=alg_temp, seed=4, compat="dream", **drawn)
     with torch.random.fork_rng():
-        expected = official_dream(model, prompt, mask, settings)
+        expected = official.dream(model, prompt, mask, settings)
     assert torch.equal(dream_decode(Denoiser(model), prompt, settings, mask), expected)
 
 
@@ -135,7 +64,7 @@ def test_dream_hooks(dream: nn.Module) -> None:
         out = dream_decode(Denoiser(dream), prompt, settings)
         assert out[0].tolist() == [4, 9, 6, 7, 8, 5, 5, 5, 5]
         assert seen == [(None, True), *((i, False) for i in range(6))]
-        assert torch.equal(out, official_dream(dream, prompt, torch.ones_like(prompt), settings))
+        assert torch.equal(out, official.dream(dream, prompt, torch.ones_like(prompt), settings))
 
 
 def test_dream_rows_have_their_own_quotas(dream: nn.Module) -> None:
@@ -175,49 +104,6 @@ def test_dream_origin_lifts_masks_uniformly(dream: nn.Module) -> None:
 # MDLM
 
 
-@torch.no_grad()
-def official_mdlm(model: nn.Module, batch: int, length: int, s: MDLMSettings) -> Tensor:
-    """MDLM's `_sample` under torch's global random state, from its description."""
-    torch.manual_seed(s.seed)
-    mask, steps = model.config.mask_token_id, s.steps or 1000
-    x = torch.full((batch, length), mask)
-    times = torch.linspace(1, 1e-5, steps + 1)
-    dt = (1 - 1e-5) / steps
-
-    def sigma(t: Tensor) -> Tensor:
-        return -torch.log1p(-(1 - 1e-3) * t)
-
-    def log_p(x: Tensor, t: Tensor) -> Tensor:
-        z = model(x, sigma=sigma(t).expand(batch)).logits.float()
-        z[:, :, mask] += -1e6
-        z = z - torch.logsumexp(z, dim=-1, keepdim=True)
-        unmasked = x != mask
-        z[unmasked] = -1e6
-        z[unmasked, x[unmasked]] = 0
-        return z
-
-    def draw(q: Tensor) -> Tensor:
-        return (q / (1e-10 - (torch.rand_like(q) + 1e-10).log())).argmax(dim=-1)
-
-    cache = None
-    for i in range(steps):
-        t = times[i]
-        if s.sampler == "ddpm":
-            m_t, m_s = 1 - torch.exp(-sigma(t)), 1 - torch.exp(-sigma(t - dt))
-            p = log_p(x, t).exp()
-        else:
-            m_t, m_s = t, t - dt
-            p = log_p(x, t).exp() if cache is None else cache
-            cache = p
-        q = p * (m_t - m_s)
-        q[:, :, mask] = m_s
-        following = torch.where(x != mask, x, draw(q))
-        if not torch.equal(following, x) or model.config.time_conditioning:
-            cache = None
-        x = following
-    return log_p(x, times[-1]).argmax(dim=-1)
-
-
 @pytest.mark.parametrize("conditioned", [False, True])
 @pytest.mark.parametrize("sampler", ["ddpm", "ddpm_cache"])
 @pytest.mark.parametrize("steps", [3, 40])
@@ -228,7 +114,7 @@ def test_mdlm_compat(sampler: Any, steps: int, conditioned: bool) -> None:
     for seed in range(5):
         settings = MDLMSettings(gen_length=12, steps=steps, sampler=sampler, seed=seed, compat="mdlm")
         with torch.random.fork_rng():
-            expected = official_mdlm(model, 2, 12, settings)
+            expected = official.mdlm(model, torch.zeros(2, 0, dtype=torch.long), None, settings)
         found = mdlm_decode(Denoiser(model), torch.zeros(2, 0, dtype=torch.long), settings)
         assert torch.equal(found, expected)
         assert not (found == mask).any()

@@ -20,6 +20,7 @@ from torch.overrides import TorchFunctionMode
 from skipwise.blocks import Contract, find_contract, module_list
 from skipwise.errors import unknown
 from skipwise.examples import Size, example_inputs, on_meta, shapes_only
+from skipwise.models import head_of
 from skipwise.plan import Phase, Plan
 from skipwise.skipping import whole
 
@@ -47,13 +48,15 @@ Skip = Mapping[str, Collection[int]]  # stack -> block numbers
 @dataclass(frozen=True)
 class Prices:
     """The price of every block and of all that is outside of the blocks, at one input size; of each stack, also the
-    price of a linear map in the place of a block.
+    price of a linear map in the place of a block. head: the part of `outside` that makes logits of states, of a model
+    that can make them at some positions alone (`skipwise.models.head_of`); nothing of others.
     """
 
     blocks: Mapping[str, tuple[Price, ...]]
     outside: Price
     linear: Mapping[str, Price] = field(default_factory=dict)
     size: Size | None = None
+    head: Price = field(default_factory=Price)
 
     def of_blocks(self, skip: Skip | None = None, linear: Skip | None = None) -> Price:
         """All blocks but the skipped ones, and the linear maps that those in `linear` leave behind."""
@@ -74,7 +77,8 @@ class Prices:
             )
 
         blocks = {name: tuple(map(part, row)) for name, row in self.blocks.items()}
-        return Prices(blocks, part(self.outside), {name: part(p) for name, p in self.linear.items()}, self.size)
+        linear = {name: part(p) for name, p in self.linear.items()}
+        return Prices(blocks, part(self.outside), linear, self.size, part(self.head))
 
     def forward(self, skip: Skip | None = None, linear: Skip | None = None) -> Price:
         """One forward with these blocks skipped."""
@@ -161,6 +165,8 @@ def _needed(before: tuple[dict, Prices] | None, skip: Mapping[str, tuple[int, ..
     return {name: tuple(set(numbers) & set(skip.get(name, ()))) for name, numbers in before[0].items()}
 
 
+HEAD = ("", 0)  # owner of what the head takes; no stack has this name
+
 _known: WeakKeyDictionary[nn.Module, dict[Size, Prices]] = WeakKeyDictionary()
 
 
@@ -192,6 +198,9 @@ def _price(model: nn.Module, size: Size, contract: Contract, example: Mapping[st
         for path in (name, *stack.coupled)
         for i, block in enumerate(module_list(twin, path))
     }
+    head = head_of(twin)
+    if head is not None:
+        owners[head] = HEAD
     meter = Meter()
     inputs = example_inputs(twin, size, device="meta") if example is None else on_meta(twin, example)
     streams: dict[str, Tensor] = {}
@@ -203,7 +212,8 @@ def _price(model: nn.Module, size: Size, contract: Contract, example: Mapping[st
         for name, stack in contract.stacks.items()
     }
     linear = {name: _linear_map(streams[name]) for name in blocks}
-    return Prices(blocks, meter.prices.get(None, Price()), linear, size)
+    outside, made = meter.prices.get(None, Price()), meter.prices.get(HEAD, Price())
+    return Prices(blocks, outside + made, linear, size, made)
 
 
 def _linear_map(stream: Tensor) -> Price:
@@ -254,7 +264,7 @@ def _attributing(meter: "Meter", owners: Mapping[nn.Module, tuple[str, int]]) ->
 
 
 def _add_weights(meter: "Meter", model: nn.Module, owners: Mapping[nn.Module, tuple[str, int]]) -> None:
-    """Charge every parameter once: to the first block that holds it, or to the outside."""
+    """Charge every parameter once: to the first block that holds it, or to the head, or to the outside."""
     seen: set[int] = set()
 
     def charge(module: nn.Module, owner: tuple[str, int] | None) -> None:

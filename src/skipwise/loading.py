@@ -23,6 +23,7 @@ from transformers.utils import logging as transformers_logging
 from skipwise.errors import UserError, require, unknown
 from skipwise.files import user_cache
 from skipwise.models import dream, llada, mdlm
+from skipwise.models.random import random_model
 from skipwise.presets import names as preset_names
 from skipwise.presets import read as read_preset
 
@@ -95,6 +96,19 @@ def load_skeleton(name: str, *, dtype: str | None = None, revision: str | None =
     return skeleton if dtype is None else skeleton.to(DTYPES[dtype])
 
 
+def load_random(
+    name: str, *, dtype: torch.dtype = torch.float32, device: torch.device | str | None = None, seed: int = 0
+) -> Any:
+    """A language model of this name's shape with random weights, drawn on `device` in `dtype`, in eval mode.
+
+    name: a preset, or what `load` takes; no more than the config is needed. Raises UserError as `load` does.
+    """
+    skeleton = load_skeleton(name)
+    if not isinstance(skeleton, transformers.PreTrainedModel):
+        raise UserError(f"{name} is a {type(skeleton).__name__}; random weights are for language models.")
+    return random_model(type(skeleton), skeleton.config, dtype=dtype, device=device, seed=seed)
+
+
 def _skeleton(name: str, revision: str | None) -> nn.Module:
     if name in preset_names():
         return build_skeleton(read_preset(name), name)
@@ -153,7 +167,10 @@ def pipeline_folder(name: str, revision: str | None = None) -> Path:
 
 def _from_hub(name: str, revision: str | None, weights: bool) -> Source:
     if name in preset_names():
-        raise UserError(f"{name} is a preset, a config without weights; use it with `skipwise inspect`.")
+        raise UserError(
+            f"{name} is a preset, a config without weights; use it with `skipwise inspect` or with "
+            "`skipwise bench --random-weights`."
+        )
     if name.count("/") != 1 or name.startswith((".", "/", "~")):
         known = [*embedded_names(), *FETCHED, *preset_names()]
         problem = str(unknown("model", name, known))

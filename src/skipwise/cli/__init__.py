@@ -11,6 +11,7 @@ import typer
 
 from skipwise.cli import (
     analyze,
+    bench,
     demo,
     evaluate,
     export,
@@ -40,6 +41,7 @@ app.command("heal")(heal.command)
 app.command("finetune")(finetune.command)
 app.command("generate")(generate.command)
 app.command("eval")(evaluate.command)
+app.command("bench")(bench.command)
 app.command("judge")(judge.command)
 app.command("export")(export.command)
 app.command("lm-eval", context_settings=lm_eval.SETTINGS)(lm_eval.command)

@@ -71,7 +71,7 @@ class TextTask:
         noise = torch.Generator().manual_seed(self.seed * 1_000_003 + number)
         masked = (torch.rand(ids.shape, generator=noise) < level).to(ids.device)
         step = Step(number, self.windows, ids, 1 - level)  # the moment of a trajectory at which so much is masked
-        return _score(denoiser(step, ids.masked_fill(masked, token))[masked], ids[masked])
+        return _score(denoiser(step, ids.masked_fill(masked, token), where=masked), ids[masked])
 
 
 def _autoregressive(model: nn.Module, ids: Tensor) -> tuple[float, float, int]:

@@ -1,11 +1,22 @@
 """Native modules for models whose official code is remote code. Each loads the official weights strictly, by key."""
 
-from typing import Literal
+import importlib
+from typing import TYPE_CHECKING, Any, Literal
 
 from torch import nn
 from transformers.generation import GenerationMixin
 
 from skipwise.errors import UserError
+
+if TYPE_CHECKING:
+    from skipwise.models.dream import DreamModel as Dream
+    from skipwise.models.llada import LLaDA
+    from skipwise.models.mdlm import MDLM
+
+__all__ = ["MDLM", "Dream", "Kind", "LLaDA", "end_of_text", "head_of", "kind_of", "mask_token"]
+
+# the classes by the papers' names, imported when first used
+_CLASSES = {"LLaDA": ("llada", "LLaDAModelLM"), "Dream": ("dream", "DreamModel"), "MDLM": ("mdlm", "MDLM")}
 
 Kind = Literal["masked diffusion", "autoregressive", "encoder", "image or video diffusion"]
 
@@ -23,6 +34,11 @@ def kind_of(model: nn.Module) -> Kind:
     return "encoder"
 
 
+def head_of(model: nn.Module) -> nn.Module | None:
+    """What makes logits of a model's states, where the model gives both (`states`, `head`), as our own models do."""
+    return model.head if hasattr(model, "states") else None  # type: ignore[return-value]
+
+
 def end_of_text(model: nn.Module) -> int | None:
     """The id of the token that ends a text, the first where the config has several; None when it has none."""
     token = getattr(model.config, "eos_token_id", None)
@@ -35,3 +51,10 @@ def mask_token(model: nn.Module) -> int:
     if token is None:
         raise UserError(f"{type(model).__name__} has no mask_token_id in its config; set model.config.mask_token_id.")
     return int(token)
+
+
+def __getattr__(name: str) -> Any:
+    if name in _CLASSES:
+        module, attribute = _CLASSES[name]
+        return getattr(importlib.import_module(f"{__name__}.{module}"), attribute)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

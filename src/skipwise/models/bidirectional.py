@@ -2,13 +2,62 @@
 
 from typing import Any
 
+import torch
+from torch import Tensor, nn
+
+Where = Tensor | tuple[Tensor, Tensor]  # bool (rows, length), or its indices: rows (n,) and positions (n,)
+
 
 class Bidirectional:
     """Mix in before a `...ForCausalLM` class whose config says `is_causal = False`."""
 
     is_masked_diffusion = True
+    takes_cache = True  # past_key_values
+    shift = 0  # how far before a position the state is that predicts it
 
     def __init__(self, config: Any):
         super().__init__(config)  # type: ignore[call-arg]
         for layer in self.model.layers:  # type: ignore[attr-defined]
             layer.self_attn.is_causal = False  # the SDPA kernels read this flag when there is no padding mask
+
+    def states(
+        self, input_ids: Tensor, attention_mask: Tensor | None = None, where: Where | int | None = None, **others: Any
+    ) -> Tensor:
+        """What the head makes logits of: (rows, length, width), or at `where` alone, as `kept` says."""
+        return kept(self._run(input_ids, attention_mask, **others), where)
+
+    @property
+    def head(self) -> nn.Module:
+        """States (..., width) -> logits (..., vocab_size)."""
+        return self.lm_head  # type: ignore[attr-defined]
+
+    def _run(self, input_ids: Tensor, attention_mask: Tensor | None, **others: Any) -> Tensor:
+        mask = key_mask(attention_mask, self.config)  # type: ignore[attr-defined]
+        return self.model(input_ids, attention_mask=mask, **others).last_hidden_state  # type: ignore[attr-defined]
+
+
+def key_mask(attention_mask: Tensor | None, config: Any) -> Tensor | None:
+    """The mask (rows, length) of keys as torch's attention takes it: bool (rows, 1, 1, length), a view and no copy.
+
+    transformers would write out every query's row of it, at every forward. Kernels that are not torch's get what is
+    given.
+    """
+    if attention_mask is None or attention_mask.ndim != 2 or config._attn_implementation != "sdpa":
+        return attention_mask
+    return attention_mask.bool()[:, None, None, :]
+
+
+def kept(values: Tensor, where: Where | int | None) -> Tensor:
+    """values (rows, length, width) at `where`, which may be what transformers takes as logits_to_keep.
+
+    A bool mask (rows, length), or rows and positions (n,) as `nonzero(as_tuple=True)` gives them, for which no device
+    has to wait -> (n, width), row by row; positions (k,) or (rows, k) -> (rows, k, width); a number -> the last so
+    many; None or 0 -> all.
+    """
+    if where is None:
+        return values
+    if isinstance(where, int):
+        return values[:, -where:]
+    if isinstance(where, tuple) or where.dtype == torch.bool:
+        return values[where]
+    return values[:, where] if where.ndim == 1 else values.take_along_dim(where[..., None], 1)

@@ -9,11 +9,11 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor
-from transformers import Qwen2Config, Qwen2ForCausalLM
+from transformers import Cache, Qwen2Config, Qwen2ForCausalLM
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from skipwise.errors import UserError
-from skipwise.models.bidirectional import Bidirectional
+from skipwise.models.bidirectional import Bidirectional, Where, kept
 from skipwise.models.official import check_official
 
 ONLY_SUPPORTED = {"use_sliding_window": False, "hidden_act": "silu", "rope_scaling": None, "use_mrope": False}
@@ -83,38 +83,80 @@ class DreamModel(Bidirectional, Qwen2ForCausalLM):
     config_class = DreamConfig
     config: DreamConfig
     family = "dream"  # of samplers
+    shift = 1
 
     def forward(
         self,
         input_ids: Tensor | None = None,
         attention_mask: Tensor | None = None,
         *,
-        logits_to_keep: int | Tensor = 0,
+        logits_to_keep: Any = 0,
+        states: bool = False,
         **kwargs: Any,
-    ) -> CausalLMOutputWithPast:
+    ) -> Any:
         """The logits of position p are made from the state at p - 1; a row's first token keeps its own.
 
-        logits_to_keep: positions to predict, as an index (positions,), or the last n of them; 0 is all.
+        logits_to_keep: positions to predict, as an index (positions,), as one for each row (batch, positions), or as a
+        bool mask (batch, length), whose logits are (n, vocab_size), row by row; or the last n of them; 0 is all.
         Rotary positions count the padding too: attention sees differences of positions only, so that a left-padded
-        row gives what it gives alone.
+        row gives what it gives alone. With past_key_values, positions are those of the window that runs, whose first
+        one keeps its own state.
+        states: return what `self.states` does, at logits_to_keep, instead of logits.
         """
+        if states:
+            return self.states(cast(Tensor, input_ids), attention_mask, logits_to_keep, **kwargs)
+        begin = _begin(kwargs.get("past_key_values"))
         outputs = self.model(input_ids, attention_mask=attention_mask, **kwargs)
-        states = outputs.last_hidden_state
-        index = _shifted(logits_to_keep, attention_mask, states)
-        logits = self.lm_head(states.gather(1, index[..., None].expand(-1, -1, states.shape[2])))
+        found = outputs.last_hidden_state
+        logits = self.lm_head(_shifted(found, _positions(logits_to_keep, found), attention_mask, begin))
         return CausalLMOutputWithPast(
             logits=cast(Any, logits), hidden_states=outputs.hidden_states, attentions=outputs.attentions
         )
 
+    def states(
+        self, input_ids: Tensor, attention_mask: Tensor | None = None, where: Where | int | None = None, **others: Any
+    ) -> Tensor:
+        """What the head makes logits of: (batch, length, width), or at `where` alone; the shift is in it."""
+        begin = _begin(others.get("past_key_values"))
+        states = self._run(input_ids, attention_mask, **others)
+        if where is not None and not isinstance(where, int):
+            return _shifted(states, where, attention_mask, begin)
+        before = torch.cat([states[:, :1], states[:, :-1]], 1)
+        if attention_mask is not None:
+            present = _present(attention_mask, begin, states).bool()
+            first = present & (present.cumsum(1) == 1)  # left of a row's first token there is only padding
+            before = states.where(first[..., None], before)
+        return kept(before, where)
 
-def _shifted(logits_to_keep: int | Tensor, attention_mask: Tensor | None, states: Tensor) -> Tensor:
-    """(batch, positions): index of the state that predicts each position that is asked for."""
+
+def _begin(past: Cache | None) -> int:
+    """The first position that a forward runs, which is the first that is not in the past."""
+    return 0 if past is None else past.get_seq_length()
+
+
+def _present(attention_mask: Tensor, begin: int, states: Tensor) -> Tensor:
+    """The mask (batch, positions) of the positions that run."""
+    return attention_mask.reshape(len(states), -1)[:, begin : begin + states.shape[1]]
+
+
+def _positions(logits_to_keep: int | Tensor, states: Tensor) -> Tensor:
+    """(batch, positions), or a mask (batch, length) as it is."""
     batch, length, _ = states.shape
     if not isinstance(logits_to_keep, Tensor):
         logits_to_keep = torch.arange(length - (logits_to_keep or length), length, device=states.device)
-    if logits_to_keep.ndim != 1 or logits_to_keep.dtype == torch.bool:
-        raise UserError("Dream takes logits_to_keep as a number or as a one-dimensional index of positions.")
-    before = (logits_to_keep - 1).expand(batch, -1)
-    if attention_mask is None or attention_mask.ndim != 2:
-        return before.clamp_min(0)
-    return before.maximum(attention_mask.argmax(1, keepdim=True))  # left of the first token there is only padding
+    if logits_to_keep.ndim == 1 and logits_to_keep.dtype != torch.bool:
+        return logits_to_keep.expand(batch, -1)
+    if logits_to_keep.ndim != 2:
+        raise UserError("Dream takes logits_to_keep as a number, an index of positions, or a mask of all positions.")
+    return logits_to_keep
+
+
+def _shifted(states: Tensor, where: Where, attention_mask: Tensor | None, begin: int) -> Tensor:
+    """The states that predict what is at `where` (see `kept`): one to the left of each position."""
+    first = torch.zeros(len(states), 1, dtype=torch.long, device=states.device)
+    if attention_mask is not None:  # left of a row's first token there is only padding
+        first = _present(attention_mask, begin, states).int().argmax(1, keepdim=True)
+    if isinstance(where, Tensor) and where.dtype != torch.bool:
+        return kept(states, (where - 1).maximum(first))
+    rows, positions = where if isinstance(where, tuple) else where.nonzero(as_tuple=True)
+    return states[rows, (positions - 1).maximum(first[rows, 0])]

@@ -10,8 +10,10 @@ from typing import Any, cast
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from skipwise.errors import UserError
 from skipwise.models.bidirectional import Bidirectional
 from skipwise.models.official import check_official
+from skipwise.models.random import random_model
 
 # official config.json key -> LlamaConfig key
 CONFIG_KEYS = {
@@ -29,6 +31,7 @@ CONFIG_KEYS = {
 }
 
 OFFICIAL_VOCABULARY, END_OF_TURN = 126464, 126348
+OFFICIAL_ROPE = 500000.0  # LLaDA-8B's rope_theta
 
 # What the official code can do and this module does not: any other value is refused by name.
 ONLY_SUPPORTED = {
@@ -123,6 +126,78 @@ class LLaDAModelLM(Bidirectional, LlamaForCausalLM):
     config_class = LLaDAConfig
     config: LLaDAConfig
     family = "llada"  # of samplers
+
+    @classmethod
+    def from_dims(
+        cls,
+        *,
+        width: int,
+        layers: int,
+        heads: int,
+        mlp: int,
+        vocab: int,
+        mask_token_id: int | None = None,
+        kv_heads: int | None = None,
+        eos_token_id: int | None = None,
+        max_length: int = 4096,
+        dtype: torch.dtype = torch.float32,
+        device: torch.device | str | None = None,
+        seed: int = 0,
+    ) -> "LLaDAModelLM":
+        """A LLaDA of any shape with random weights, drawn on `device` in `dtype`: 8B parameters take seconds on a GPU.
+
+        width: of the hidden states; mlp: of the MLPs inside; vocab: rows of the embedding and of the head, which are
+        not tied; mask_token_id: the last of the vocabulary when left out; kv_heads: as many as heads when left out;
+        eos_token_id: None never ends a text. Raises UserError for sizes that do not go together.
+        """
+        mask_token_id = vocab - 1 if mask_token_id is None else mask_token_id
+        _check_dims(width, heads, kv_heads or heads, vocab, mask_token_id)
+        config = LLaDAConfig(
+            architectures=["LLaDAModelLM"],
+            hidden_size=width,
+            num_hidden_layers=layers,
+            num_attention_heads=heads,
+            num_key_value_heads=kv_heads or heads,
+            intermediate_size=mlp,
+            vocab_size=vocab,
+            max_position_embeddings=max_length,
+            rms_norm_eps=1e-5,
+            tie_word_embeddings=False,
+            rope_parameters={"rope_type": "default", "rope_theta": OFFICIAL_ROPE},
+            mask_token_id=mask_token_id,
+            bos_token_id=None,
+            eos_token_id=eos_token_id,
+        )
+        return random_model(cls, config, dtype=dtype, device=device, seed=seed)
+
+    def forward(
+        self,
+        input_ids: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.Tensor | None = None,
+        *,
+        logits_to_keep: Any = 0,
+        states: bool = False,
+        **kwargs: Any,
+    ) -> Any:
+        """Llama's forward. states: return what `self.states` does, at logits_to_keep, instead of logits."""
+        inputs = {"input_ids": input_ids, "attention_mask": attention_mask, "position_ids": position_ids, **kwargs}
+        if states:
+            return self.states(where=logits_to_keep, **inputs)
+        return super().forward(**inputs, logits_to_keep=logits_to_keep)
+
+
+LLaDA = LLaDAModelLM  # the paper's name
+
+
+def _check_dims(width: int, heads: int, kv_heads: int, vocab: int, mask: int) -> None:
+    if width % heads or heads % kv_heads or width // heads % 2:
+        raise UserError(
+            f"width={width}, heads={heads}, kv_heads={kv_heads}: heads must be of an even width, and a multiple of "
+            "kv_heads; try heads of 64."
+        )
+    if not 0 <= mask < vocab:
+        raise UserError(f"mask_token_id={mask} is not in a vocabulary of {vocab}; leave it out to take the last.")
 
 
 def official_state_dict(model: LLaDAModelLM) -> dict[str, torch.Tensor]:

@@ -6,18 +6,22 @@ level sigma. The published OpenWebText model is not told the noise level, so tha
 """
 
 import math
+from collections.abc import Callable
+from functools import partial
 from typing import Any, ClassVar, cast
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from transformers import PreTrainedConfig, PreTrainedModel
+from transformers import Cache, PreTrainedConfig, PreTrainedModel
 from transformers.modeling_outputs import MaskedLMOutput
 
+from skipwise.models.bidirectional import Where, kept
 from skipwise.models.official import check_official
 
 FREQUENCIES = 256  # of the sinusoidal embedding of sigma
 ROTARY_BASE = 10000.0
+Store = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
 KEY_MAPPING = {r"^backbone\.": ""}
 _KEYS = ("model_length", "vocab_size", "hidden_dim", "cond_dim", "n_blocks", "n_heads", "dropout", "time_conditioning")
 
@@ -115,20 +119,33 @@ class MDLMBlock(nn.Module):
         self.adaLN_modulation = nn.Linear(config.cond_dim, 6 * width)
 
     def forward(
-        self, x: Tensor, rotary: tuple[Tensor, Tensor], conditioning: Tensor, attention_mask: Tensor | None = None
+        self,
+        x: Tensor,
+        rotary: tuple[Tensor, Tensor],
+        conditioning: Tensor,
+        attention_mask: Tensor | None = None,
+        store: Store | None = None,
     ) -> Tensor:
-        """x: (batch, length, width); rotary: two (length, head width); conditioning: (batch, cond_dim); mask: bool."""
+        """x: (batch, length, width); rotary: two (length, head width); conditioning: (batch, cond_dim); mask: bool.
+
+        store: takes the keys and values of x, (batch, heads, length, head width), and gives those that x attends to.
+        """
         modulation = self.adaLN_modulation(conditioning)[:, None].chunk(6, dim=-1)
         shift_attention, scale_attention, gate_attention, shift_mlp, scale_mlp, gate_mlp = modulation
-        attended = self._attend(_modulate(self.norm1(x), shift_attention, scale_attention), rotary, attention_mask)
+        normed = _modulate(self.norm1(x), shift_attention, scale_attention)
+        attended = self._attend(normed, rotary, attention_mask, store)
         x = x + gate_attention * self._drop(attended)
         return x + gate_mlp * self._drop(self.mlp(_modulate(self.norm2(x), shift_mlp, scale_mlp)))
 
-    def _attend(self, x: Tensor, rotary: tuple[Tensor, Tensor], attention_mask: Tensor | None) -> Tensor:
+    def _attend(
+        self, x: Tensor, rotary: tuple[Tensor, Tensor], attention_mask: Tensor | None, store: Store | None
+    ) -> Tensor:
         batch, length, width = x.shape
         heads = self.attn_qkv(x).view(batch, length, 3, self.heads, width // self.heads)
         query, key, value = heads.permute(2, 0, 3, 1, 4).unbind(0)  # each (batch, heads, length, head width)
         query, key = (_rotate(t.float(), *rotary).to(x.dtype) for t in (query, key))
+        if store is not None:
+            key, value = store(key, value)
         out = F.scaled_dot_product_attention(query, key, value, attn_mask=attention_mask)
         return self.attn_out(out.transpose(1, 2).reshape(batch, length, width))
 
@@ -143,9 +160,13 @@ class _OutputLayer(nn.Module):
         self.linear = nn.Linear(config.hidden_dim, config.vocab_size)
         self.adaLN_modulation = nn.Linear(config.cond_dim, 2 * config.hidden_dim)
 
-    def forward(self, x: Tensor, conditioning: Tensor) -> Tensor:
+    def states(self, x: Tensor, conditioning: Tensor) -> Tensor:
+        """What `linear` makes logits of."""
         shift, scale = self.adaLN_modulation(conditioning)[:, None].chunk(2, dim=-1)
-        return self.linear(_modulate(self.norm_final(x), shift, scale))
+        return _modulate(self.norm_final(x), shift, scale)
+
+    def forward(self, x: Tensor, conditioning: Tensor) -> Tensor:
+        return self.linear(self.states(x, conditioning))
 
 
 class MDLM(PreTrainedModel):
@@ -161,6 +182,8 @@ class MDLM(PreTrainedModel):
     base_model_prefix = ""
     main_input_name = "input_ids"
     is_masked_diffusion = True
+    takes_cache = True  # past_key_values
+    shift = 0  # how far before a position the state is that predicts it
     family = "mdlm"  # of samplers
     _no_split_modules = {"MDLMBlock"}  # noqa: RUF012 (transformers' own way)
 
@@ -188,23 +211,56 @@ class MDLM(PreTrainedModel):
         nn.init.zeros_(linear.bias)
 
     def forward(
-        self, input_ids: Tensor, attention_mask: Tensor | None = None, sigma: Tensor | None = None
-    ) -> MaskedLMOutput:
-        """One forward; see the class for shapes."""
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None = None,
+        sigma: Tensor | None = None,
+        logits_to_keep: Where | int = 0,
+        states: bool = False,
+        past_key_values: Cache | None = None,
+    ) -> Any:
+        """One forward; see the class for shapes. logits_to_keep: a bool mask (batch, length), whose logits are (n,
+        vocab_size), row by row; positions (k,) or (batch, k); or the last n positions; 0 is all. states: return what
+        `self.states` does, at logits_to_keep, instead of logits.
+        """
+        found = self.states(input_ids, attention_mask, logits_to_keep, sigma=sigma, past_key_values=past_key_values)
+        return found if states else MaskedLMOutput(logits=self.head(found))
+
+    def states(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None = None,
+        where: Where | int | None = None,
+        *,
+        sigma: Tensor | None = None,
+        past_key_values: Cache | None = None,
+    ) -> Tensor:
+        """What the head makes logits of: (batch, length, hidden_dim), or at `where` alone.
+
+        past_key_values: stores keys and values as transformers' decoders do; attention still looks both ways.
+        """
         x = self.vocab_embed(input_ids)
         if sigma is None or not self.config.time_conditioning:
             sigma = torch.zeros(len(input_ids), device=x.device)
         conditioning = F.silu(self.sigma_map(sigma))
-        rotary = self._rotary(input_ids.shape[1], x.device)
-        if attention_mask is not None:
+        begin = 0 if past_key_values is None else past_key_values.get_seq_length()
+        rotary = self._rotary(begin, input_ids.shape[1], x.device)
+        if attention_mask is not None and attention_mask.ndim == 2:
             attention_mask = attention_mask.bool()[:, None, None, :]
-        for block in self.blocks:
-            x = block(x, rotary, conditioning, attention_mask)
-        return MaskedLMOutput(logits=self.output_layer(x, conditioning))
+        for number, block in enumerate(self.blocks):
+            # without a cache blocks see no argument for it, so that stand-ins and hooks see the same call as ever
+            store = {} if past_key_values is None else {"store": partial(past_key_values.update, layer_idx=number)}
+            x = block(x, rotary, conditioning, attention_mask, **store)
+        return kept(self.output_layer.states(x, conditioning), where)
 
-    def _rotary(self, length: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    @property
+    def head(self) -> nn.Module:
+        """States (..., hidden_dim) -> logits (..., vocab_size)."""
+        return self.output_layer.linear
+
+    def _rotary(self, begin: int, length: int, device: torch.device) -> tuple[Tensor, Tensor]:
         width = self.config.hidden_dim // self.config.n_heads
         rates = ROTARY_BASE ** (-torch.arange(0, width, 2, device=device, dtype=torch.float32) / width)
-        angles = torch.outer(torch.arange(length, device=device, dtype=torch.float32), rates)
+        angles = torch.outer(torch.arange(begin, begin + length, device=device, dtype=torch.float32), rates)
         angles = torch.cat([angles, angles], dim=-1)
         return angles.cos(), angles.sin()

@@ -1,5 +1,6 @@
 """Decoding, one file a family. `generate` picks the family that a model belongs to and keeps the accounts."""
 
+from skipwise.sampling.agreement import agreement
 from skipwise.sampling.denoiser import Denoiser, Step
 from skipwise.sampling.dream import DreamSettings
 from skipwise.sampling.generate import FAMILIES, Generated, Statistics, generate
@@ -15,5 +16,6 @@ __all__ = [
     "MDLMSettings",
     "Statistics",
     "Step",
+    "agreement",
     "generate",
 ]

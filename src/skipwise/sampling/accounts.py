@@ -1,10 +1,13 @@
-"""What forwards took, by model: FLOPs by formula, of the forwards that were really made."""
+"""What forwards took, by model: FLOPs by formula, of the forwards that were really made.
+
+The head is counted for the positions that it ran on, which are those that a token could be committed at.
+"""
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, fields
 from functools import cache
 
-from skipwise.cost import Prices, price_blocks
+from skipwise.cost import Price, Prices, price_blocks
 from skipwise.examples import Size
 from skipwise.sampling.denoiser import Denoiser, Forward
 
@@ -12,7 +15,8 @@ from skipwise.sampling.denoiser import Denoiser, Forward
 @dataclass(frozen=True)
 class Share:
     """forwards: calls; rows: sequences that they saw; FLOPs of the blocks alone and of all; whole_all_in_flops: what
-    the same forwards of the plan's own model would have taken with no block skipped.
+    the same forwards of the plan's own model, with logits at the same positions, would have taken with no block
+    skipped.
     """
 
     forwards: int = 0
@@ -35,10 +39,26 @@ def shares(forwards: Iterable[Forward], prices_of: Callable[[str | None, int], P
     for forward in forwards:
         name, cut, rows = forward.running.model, forward.running.cut, forward.rows
         prices, gone = prices_of(name, forward.tokens), (cut.skipped, cut.linear)
-        blocks, all_in = prices.of_blocks(*gone).flops, prices.forward(*gone).flops
-        whole = prices_of(None, forward.tokens).forward().flops
-        found[name] = found.get(name, Share()) + Share(1, rows, rows * blocks, rows * all_in, rows * whole)
+        blocks = rows * _attending(forward, prices.of_blocks(*gone))
+        all_in = blocks + _outside(forward, prices)
+        own = prices_of(None, forward.tokens)
+        whole = rows * _attending(forward, own.of_blocks()) + _outside(forward, own)
+        found[name] = found.get(name, Share()) + Share(1, rows, blocks, all_in, whole)
     return found
+
+
+def _attending(forward: Forward, price: Price) -> int:
+    """FLOPs of blocks whose tokens attended to the forward's keys; `price` is of as many tokens among themselves."""
+    return price.flops + price.attention_flops * (forward.keys - forward.tokens) // forward.tokens
+
+
+def _outside(forward: Forward, prices: Prices) -> int:
+    """FLOPs of all that is no block."""
+    whole = forward.rows * prices.outside.flops
+    if forward.predicted is None or not prices.head.flops:
+        return whole
+    unused = forward.rows * forward.tokens - forward.predicted
+    return whole - unused * prices.head.flops // forward.tokens
 
 
 def account(denoiser: Denoiser) -> Shares:

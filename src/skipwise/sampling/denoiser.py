@@ -3,13 +3,17 @@
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, cast
 
 from torch import Tensor, nn
 
-from skipwise.models import mask_token
+from skipwise.models import head_of, mask_token
+from skipwise.models.bidirectional import Where, kept
 from skipwise.plan import Plan
+from skipwise.sampling.cache import Windows
+from skipwise.sampling.compiling import Compiled
 from skipwise.sampling.others import load_others
+from skipwise.sampling.prediction import Prediction
 from skipwise.skipping import Cut, Skipping, cut_now, skip
 
 
@@ -37,11 +41,22 @@ class Running:
 
 @dataclass(frozen=True)
 class Forward:
-    """One call of a model as it happened: what ran, how many sequences it saw, and of how many tokens each."""
+    """One call of a model as it happened: what ran, how many sequences it saw, and of how many tokens each.
+
+    predicted: positions, of all rows together, that logits were made for; None is every one. length: of the sequences,
+    whose other positions were stored, if that is more than the tokens that ran (`skipwise.sampling.cache`).
+    """
 
     running: Running
     rows: int
     tokens: int
+    predicted: int | None = None
+    length: int | None = None
+
+    @property
+    def keys(self) -> int:
+        """How many positions each of the tokens attended to."""
+        return self.length or self.tokens
 
 
 @dataclass
@@ -49,7 +64,7 @@ class Denoiser:
     """Masked diffusion models as samplers see them: one after the other, as the plan says.
 
     model: the plan's own; plan: with the phases that name models, `skipping` what of it is in force in the plan's own
-    model; others: the models that phases name; on_step: a user's callback.
+    model; others: the models that phases name; on_step: a user's callback; compiled: runs models compiled.
     """
 
     model: nn.Module
@@ -58,6 +73,7 @@ class Denoiser:
     others: Mapping[str, nn.Module] = field(default_factory=dict)
     on_step: Callable[[Step], None] | None = None
     forwards: list[Forward] = field(default_factory=list)
+    compiled: Compiled | None = None
 
     def __post_init__(self) -> None:
         if self.plan is None and self.skipping is not None:
@@ -77,21 +93,78 @@ class Denoiser:
             self.skipping.at(progress)
         return Running(None, cut_now(self.model))
 
+    @property
+    def timeless(self) -> bool:
+        """Whether the same runs at every step."""
+        return self.plan is None or self.plan.is_static
+
+    @property
+    def fixed_rows(self) -> bool:
+        """Whether every forward must be of all rows."""
+        return self.compiled is not None
+
     def named(self, name: str | None) -> nn.Module:
         """The model that the plan calls so; None is its own."""
         return self.model if name is None else self.others[name]
 
-    def __call__(self, step: Step, inputs: Tensor, attention_mask: Tensor | None = None, **others: Any) -> Tensor:
-        """Logits (rows, length, vocabulary) of `inputs` (rows, length) at this step. `others` go to the model."""
+    def __call__(
+        self,
+        step: Step,
+        inputs: Tensor,
+        attention_mask: Tensor | None = None,
+        where: Where | None = None,
+        **others: Any,
+    ) -> Tensor:
+        """Logits of `inputs` (rows, length) at this step; `others` go to the model.
+
+        where: bool (rows, length), or the rows and positions (n,) that its `nonzero(as_tuple=True)` gives, for which no
+        device has to wait -> (n, vocabulary), row by row; None -> (rows, length, vocabulary).
+        """
+        return self.predict(step, inputs, attention_mask, where, **others).logits()
+
+    def predict(
+        self,
+        step: Step,
+        inputs: Tensor,
+        attention_mask: Tensor | None = None,
+        where: Where | None = None,
+        *,
+        windows: Windows | None = None,
+        **others: Any,
+    ) -> Prediction:
+        """As a call, but the logits are still to be made: what reads them may do so a chunk at a time.
+
+        A model that does not give its states is run whole. windows: of a cache; what they leave out is not run.
+        """
         running = self.at(step.progress)
         if self.on_step is not None:
             self.on_step(step)
-        self.forwards.append(Forward(running, *inputs.shape))
-        return self.named(running.model)(input_ids=inputs, attention_mask=attention_mask, **others).logits
+        model, length = self.named(running.model), inputs.shape[1]
+        if windows is not None:
+            stored = windows.next(length, running, cast(Any, model).shift)
+            inputs, where = inputs[:, stored.window], stored.local(where)
+            others = {**others, "past_key_values": stored}
+        head = head_of(model) if where is not None or self.compiled else None
+        if self.compiled:
+            states = kept(self.compiled.states(model, running.cut, inputs, attention_mask, others), where)
+        elif head is not None:
+            # called as a module, so that hooks on it run
+            states = model(input_ids=inputs, attention_mask=attention_mask, logits_to_keep=where, states=True, **others)
+        else:
+            states = kept(model(input_ids=inputs, attention_mask=attention_mask, **others).logits, where)
+        words = states.shape[-1] if head is None else cast(Any, model.config).vocab_size
+        prediction = Prediction(states, head or _as_it_is, words)
+        predicted = None if head is None else prediction.states.shape[:-1].numel()
+        self.forwards.append(Forward(running, inputs.shape[0], inputs.shape[1], predicted, length))
+        return prediction
 
     def border(self, progress: float) -> float:
         """Where the phase ends that `progress` belongs to; 1 for the last one."""
         return self.plan.phase_at(progress).until if self.plan else 1.0
+
+
+def _as_it_is(logits: Tensor) -> Tensor:
+    return logits
 
 
 @contextmanager
@@ -101,12 +174,14 @@ def denoising(
     others: Mapping[str, nn.Module] | None = None,
     on_step: Callable[[Step], None] | None = None,
     tokenizer: Any = None,
+    compile: bool = False,
 ) -> Iterator[Denoiser]:
     """A denoiser that follows the plan for as long as the `with` lasts.
 
     others: models by the names that the plan's phases give them; those not here are loaded by that name. tokenizer: the
-    model's, to be compared with theirs. Raises UserError as `skip` does, and for models that do not share their tokens.
+    model's, to be compared with theirs. compile: run the models compiled. Raises UserError as `skip` does, and for
+    models that do not share their tokens.
     """
     found = load_others(plan, model, tokenizer, others)
     with skip(model, plan.own_part) if plan else nullcontext() as skipping:
-        yield Denoiser(model, skipping, plan, found, on_step)
+        yield Denoiser(model, skipping, plan, found, on_step, compiled=Compiled() if compile else None)

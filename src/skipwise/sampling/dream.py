@@ -5,7 +5,7 @@ own even quotas and does not run a step that commits nothing; `compat="dream"` r
 quota is the batch's mean rounded down, and its random numbers. The shift by one position is the model's business.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
@@ -13,9 +13,10 @@ import torch
 from torch import Tensor
 
 from skipwise.errors import UserError
-from skipwise.sampling.canvas import Canvas, Settings, commit_top, transfer_quotas
+from skipwise.sampling.canvas import Canvas, Part, Settings, commit_top, places, quota_of
 from skipwise.sampling.denoiser import Denoiser
 from skipwise.sampling.noise import Noise, gumbel_argmax
+from skipwise.sampling.prediction import Prediction, Reader
 
 Algorithm = Literal["origin", "maskgit_plus", "topk_margin", "entropy"]
 ALGORITHMS = ("origin", "maskgit_plus", "topk_margin", "entropy")
@@ -68,20 +69,29 @@ def decode(
     """
     canvas = Canvas.open(input_ids, attention_mask, denoiser.mask_token, settings.gen_length)
     steps = settings.steps or canvas.most
-    hooked = settings.tokens_hook is not None or settings.logits_hook is not None
     _apply_tokens_hook(canvas, settings, None, None)
+    if settings.tokens_hook is not None or settings.logits_hook is not None or settings.compat:
+        _whole(denoiser, canvas, settings, steps)
+    else:
+        rule = _Plain(settings, canvas, steps)
+        for i in range(steps):
+            rule.step(i, denoiser)
+            if rule.finished:
+                break
+    return canvas.close(settings.eos_token_id)
+
+
+def _whole(denoiser: Denoiser, canvas: Canvas, settings: DreamSettings, steps: int) -> None:
+    """Every step, with the logits of all positions: for hooks, who may look at and change anything, and for compat."""
     rule = (_Official if settings.compat else _Plain)(settings, canvas, steps)
     for i in range(steps):
-        if not hooked and not rule.commits(i):
-            continue
         logits = denoiser(canvas.step(i, steps), canvas.sequences, canvas.attention_mask)
         if settings.logits_hook is not None:
             logits = settings.logits_hook(i, canvas.sequences, logits)
         rule.commit(i, logits)
         _apply_tokens_hook(canvas, settings, i, logits)
         if canvas.finished(settings.eos_token_id):
-            break
-    return canvas.close(settings.eos_token_id)
+            return
 
 
 def _apply_tokens_hook(canvas: Canvas, settings: DreamSettings, step: int | None, logits: Tensor | None) -> None:
@@ -121,39 +131,91 @@ class _Plain:
     def __init__(self, settings: DreamSettings, canvas: Canvas, steps: int):
         self.settings, self.canvas, self.steps = settings, canvas, steps
         self.noise = Noise(settings.seed, canvas)
-        self.quotas = transfer_quotas(canvas.masked.sum(1), steps)
-        # under "origin" when each mask is lifted is known beforehand: uniform over the steps, whatever the tokens are
-        self.lifted = (self._uniform(0) * steps).long()
+        self.masks = canvas.left
+        self.left = list(self.masks)
+        self.rows = list(range(len(self.masks)))  # those that have not ended
+        if settings.alg == "origin":  # when each mask is lifted is uniform over the steps, whatever the tokens are
+            self.lifted = (self.noise.uniform([0] * len(self.rows)) * steps).long().clamp_max(steps - 1)
+            lifted, masked = self.lifted.cpu(), canvas.masked.cpu()
+            self.counts = [torch.bincount(lifted[n][masked[n]], minlength=steps).tolist() for n in self.rows]
 
-    def _uniform(self, draw: int, *rest: int) -> Tensor:
-        return self.noise.uniform([draw] * len(self.canvas.sequences), *rest)
+    @property
+    def finished(self) -> bool:
+        """Whether every row has ended."""
+        return not self.rows
 
-    def commits(self, step: int) -> bool:
-        """Whether any row commits anything at this step."""
-        if self.settings.alg == "origin":
-            return bool((self.canvas.masked & (self.lifted == step)).any())
-        return bool(self.quotas[:, step].any())
-
-    def commit(self, step: int, logits: Tensor) -> None:
-        """Commit the tokens of a step; logits (batch, length, vocabulary)."""
-        settings, canvas, masked = self.settings, self.canvas, self.canvas.masked
-        mask = torch.tensor([canvas.mask], device=logits.device)
-        logits = filtered(logits.float().index_fill(-1, mask, -torch.inf), settings)  # no mask is filled with a mask
-        probabilities = logits.softmax(-1)
-        if settings.temperature > 0:
-            chosen = gumbel_argmax(probabilities.double(), self._uniform(3 * step + 1, logits.shape[2]))
-        else:
-            chosen = logits.argmax(-1)
-        if settings.alg == "origin":
-            now = masked & ((self.lifted <= step) | (step == self.steps - 1))
-            canvas.sequences[now] = chosen[now]
+    def step(self, i: int, denoiser: Denoiser) -> None:
+        """Run the rows that commit at this step, and commit; how many tokens, no device is asked."""
+        quota = {row: self._quota(row, i) for row in self.rows}
+        if not any(quota.values()):
             return
-        confidence = confidence_of(probabilities, chosen, settings.alg).where(masked, -torch.inf)
-        if settings.alg_temp > 0:  # the Gumbel trick draws positions without replacement
-            uniform = self._uniform(3 * step + 2)
-            confidence = confidence / settings.alg_temp - (-uniform.log()).log()
-        quota = self.quotas[:, step].minimum(masked.sum(1)) if step < self.steps - 1 else masked.sum(1)
-        commit_top(canvas.sequences, chosen, confidence, quota)
+        part = self.canvas.part(row for row in self.rows if quota[row] or denoiser.fixed_rows)
+        counts = [quota[row] for row in part.rows]
+        origin = self.settings.alg == "origin"
+        now = part.masked & (part.of(self.lifted) == i) if origin else part.masked
+        where = places(now, sum(counts if origin else (self.left[row] for row in part.rows)))
+        step = self.canvas.step(i, self.steps)
+        prediction = denoiser.predict(step, part.sequences, part.attention_mask, where)
+        self._commit(i, part, prediction, where, counts)
+        for row in part.rows:
+            self.left[row] -= quota[row]
+        if self.canvas.looks_for_ends(i):
+            self.rows = self.canvas.going(self.rows, self.settings.eos_token_id, denoiser.fixed_rows)
+
+    def commit(self, i: int, logits: Tensor) -> None:
+        """Commit the tokens of a step; a hook may have changed the masks. logits: (batch, length, vocabulary)."""
+        part = self.canvas.part(self.rows)
+        masked = part.masked
+        self.left = masked.sum(1).tolist()
+        if self.settings.alg == "origin":
+            masked = masked & ((self.lifted <= i) | (i == self.steps - 1))
+        where = places(masked, int(masked.sum()))
+        if not len(where[0]):
+            return
+        quota = [self._quota(row, i) for row in part.rows]
+        self._commit(i, part, Prediction(logits[where], lambda logits: logits, logits.shape[-1]), where, quota)
+
+    def _quota(self, row: int, i: int) -> int:
+        if self.settings.alg == "origin":
+            return self.counts[row][i]
+        return self.left[row] if i == self.steps - 1 else min(quota_of(self.masks[row], self.steps, i), self.left[row])
+
+    def _commit(
+        self, i: int, part: Part, prediction: Prediction, where: tuple[Tensor, Tensor], quota: Sequence[int]
+    ) -> None:
+        """Commit what is predicted at `where`, rows and positions (n,) of the part."""
+        found = prediction.read(self._reader(i, part, where, prediction.vocabulary))
+        if self.settings.alg == "origin":
+            part.sequences[where] = found[0]
+        else:
+            chosen = part.sequences.index_put(where, found[0])
+            confidence = torch.full_like(chosen, -torch.inf, dtype=torch.float32).index_put(where, found[1])
+            if self.settings.alg_temp > 0:  # the Gumbel trick draws positions without replacement
+                uniform = self.noise.uniform([3 * i + 2] * len(part.rows), rows=part.rows)
+                confidence = confidence / self.settings.alg_temp - (-uniform.log()).log()
+            commit_top(part.sequences, chosen, confidence, quota)
+        self.canvas.put(part)
+
+    def _reader(self, i: int, part: Part, where: tuple[Tensor, Tensor], words: int) -> Reader:
+        """Reads the chosen token off logits and, unless time decides, how confident it is."""
+        settings = self.settings
+        hot, timed = settings.temperature > 0, settings.alg == "origin"
+        feed = self.noise.feed([3 * i + 1] * len(part.rows), words, where, part.rows) if hot else None
+
+        def read(logits: Tensor, some: slice) -> tuple[Tensor, ...]:
+            logits = logits.float()
+            logits[:, part.mask] = -torch.inf  # no mask is filled with a mask
+            logits = filtered(logits, settings)
+            if feed is None and timed:
+                return (logits.argmax(-1),)
+            probabilities = logits.softmax(-1)
+            if feed is None:
+                chosen = logits.argmax(-1)
+            else:
+                chosen = gumbel_argmax(probabilities.double(), feed.take(len(logits)))
+            return (chosen,) if timed else (chosen, confidence_of(probabilities, chosen, settings.alg))
+
+        return read
 
 
 class _Official:
@@ -163,10 +225,6 @@ class _Official:
         self.settings, self.canvas, self.steps = settings, canvas, steps
         self.times = torch.linspace(1, settings.eps, steps + 1)
         self.generator = torch.Generator(canvas.sequences.device).manual_seed(settings.seed)
-
-    def commits(self, step: int) -> bool:
-        """The official code runs every step."""
-        return True
 
     def commit(self, step: int, logits: Tensor) -> None:
         """Commit the tokens of a step; logits (batch, length, vocabulary) in the model's own dtype."""

@@ -24,11 +24,13 @@ from skipwise.skipping import Cut, cut_now, skip
 
 @dataclass(frozen=True)
 class Statistics:
-    """What a generation took. FLOPs are by formula (`skipwise.cost`), as they happened, for the whole batch.
+    """What a generation took. FLOPs are by formula (`skipwise.cost`), as they happened, for the whole batch: of the
+    rows that were run, and in the head of the positions that logits were made for.
 
     forwards: calls of a model; block_flops: in the blocks alone; all_in_flops: head and attention included;
     whole_all_in_flops: what the same forwards of the plan's own model would have taken with no block skipped; seconds:
-    measured wall-clock. by_model: the share of every model that a plan's phases name, None is the plan's own.
+    measured wall-clock; warmup_seconds: what compiling took before that, 0 where it was compiled already or not at all.
+    by_model: the share of every model that a plan's phases name, None is the plan's own.
     """
 
     forwards: int
@@ -37,6 +39,7 @@ class Statistics:
     whole_all_in_flops: int
     seconds: float
     by_model: Mapping[str | None, Share] = field(default_factory=dict)
+    warmup_seconds: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -74,6 +77,7 @@ def generate(
     family: str | None = None,
     others: Mapping[str, nn.Module] | None = None,
     on_step: Callable[[Step], None] | None = None,
+    compile: bool = False,
     **settings: Any,
 ) -> Generated:
     """Decode `gen_length` tokens after every prompt, with the sampler of the model's family or token by token.
@@ -86,11 +90,14 @@ def generate(
     family: "llada", "dream" or "mdlm", the model's own by default; `settings` are those of its sampler (LLaDASettings,
     DreamSettings, MDLMSettings), for an autoregressive model those of AutoregressiveSettings; on_step is called before
     each denoising forward.
-    Raises UserError for an empty list of prompts, padding on the right, and settings that do not fit the model.
+    compile: run the denoising step through `torch.compile`, one graph for each phase of the plan and shape of the
+    batch; rows that have ended are then run along. What is compiled is kept for as long as the model is.
+    Raises UserError for an empty list of prompts, padding on the right, settings that do not fit the model, and where
+    there is nothing to compile with.
     """
     _check_prompts(input_ids, attention_mask)
     if kind_of(model) != "masked diffusion":
-        given = {"on_step": on_step, "family": family}
+        given = {"on_step": on_step, "family": family, "compile": compile}
         diffusion = [*(set(settings) - set(_OF_AUTOREGRESSIVE)), *(name for name, value in given.items() if value)]
         if diffusion:
             raise UserError(
@@ -99,9 +106,11 @@ def generate(
         plain = AutoregressiveSettings(**settings)
         return _continue(model, input_ids, attention_mask, plan, gen_length, seed, stop_at_eos, plain)
     chosen = _family(model, family)
+    if compile and settings.get("compat"):
+        raise UserError(f"compat={settings['compat']!r} repeats the official arithmetic; leave out compile=True.")
     eos = end_of_text(model) if stop_at_eos and not settings.get("compat") else None
     resolved = chosen.settings.of({"gen_length": gen_length, "seed": seed, "eos_token_id": eos, **settings})
-    return _diffuse(model, input_ids, attention_mask, plan, chosen, resolved, on_step, others)
+    return _diffuse(model, input_ids, attention_mask, plan, chosen, resolved, on_step, others, compile)
 
 
 _OF_AUTOREGRESSIVE = AutoregressiveSettings.__dataclass_fields__
@@ -164,18 +173,18 @@ def _diffuse(
     settings: Settings,
     on_step: Callable[[Step], None] | None,
     others: Mapping[str, nn.Module] | None,
+    compile: bool,
 ) -> Generated:
-    with denoising(model, plan, others, on_step) as denoiser:
+    with denoising(model, plan, others, on_step, compile=compile) as denoiser:
         began = time.perf_counter()
         sequences = family.decode(denoiser, input_ids, settings, attention_mask)
         _synchronize(sequences.device)
         seconds = time.perf_counter() - began
     shares = account(denoiser)
     total = sum(shares.values(), Share())
-    return Generated(
-        sequences,
-        Statistics(total.forwards, total.block_flops, total.all_in_flops, total.whole_all_in_flops, seconds, shares),
-    )
+    flops = total.block_flops, total.all_in_flops, total.whole_all_in_flops
+    warmup = denoiser.compiled.seconds if denoiser.compiled else 0.0
+    return Generated(sequences, Statistics(total.forwards, *flops, seconds - warmup, shares, warmup))
 
 
 def _synchronize(device: torch.device) -> None:

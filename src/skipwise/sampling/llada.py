@@ -6,6 +6,7 @@ top-k over the whole row), in which ties decide the order, token for token. A th
 by quota (Fast-dLLM, arXiv 2505.22618).
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
@@ -14,9 +15,11 @@ from torch import Tensor
 
 from skipwise.errors import UserError
 from skipwise.models import end_of_text
-from skipwise.sampling.canvas import Canvas, Settings, commit_above, commit_top, transfer_quotas
+from skipwise.sampling.cache import Kind, Windows, check_cache, check_cacheable
+from skipwise.sampling.canvas import Canvas, Part, Settings, commit_above, commit_top, places, quota_of
 from skipwise.sampling.denoiser import Denoiser, Step
 from skipwise.sampling.noise import Noise
+from skipwise.sampling.prediction import Prediction, Reader
 
 Remasking = Literal["low_confidence", "random"]
 
@@ -31,6 +34,8 @@ class LLaDASettings(Settings):
     cfg_scale: classifier-free guidance, z_u + (cfg_scale + 1) (z - z_u), where z_u are the logits with the prompt
     masked; a step then runs twice the rows. logits_eos_inf: never choose the end of text; confidence_eos_eot_inf:
     choose it last of all (under compat the official code's version, which at a temperature forgets the end of text).
+    cache: "prefix", "dual" or "interval", an approximation that does not run all positions at every step, with refresh
+    and prompt_refresh, in steps that are run (`skipwise.sampling.cache`); None is exact.
     """
 
     block_length: int | None = None
@@ -40,6 +45,9 @@ class LLaDASettings(Settings):
     cfg_scale: float = 0.0
     logits_eos_inf: bool = False
     confidence_eos_eot_inf: bool = False
+    cache: Kind | None = None
+    refresh: int | None = None
+    prompt_refresh: int | None = None
 
     family: ClassVar[str] = "llada"
 
@@ -48,6 +56,7 @@ class LLaDASettings(Settings):
         self.one_of("remasking", ("low_confidence", "random"))
         self.at_least_zero("temperature", "0 is greedy, 1 is the model's distribution")
         self.at_least_zero("cfg_scale", "0 is without guidance")
+        check_cache(self.cache, self.refresh, self.prompt_refresh, self.compat)
         if self.threshold is None:
             return
         if not 0 < self.threshold <= 1:
@@ -55,6 +64,15 @@ class LLaDASettings(Settings):
         if self.compat or self.steps:
             given = "compat" if self.compat else f"steps={self.steps}"
             raise UserError(f"With a threshold the number of steps follows from the text; leave out {given}.")
+
+    def windows(self, denoiser: Denoiser, canvas: Canvas) -> Windows | None:
+        """What decides which positions run; None where all do. Raises UserError for a model that takes no cache."""
+        if self.cache is None:
+            return None
+        if denoiser.compiled:
+            raise UserError(f"compile=True needs forwards of one length; leave it out, or cache={self.cache!r}.")
+        check_cacheable((denoiser.model, *denoiser.others.values()), self.cache)
+        return Windows(self.cache, canvas.prompt, self.refresh, self.prompt_refresh)
 
     def resolved(self, most_masks: int) -> tuple[int, int, int]:
         """(number of blocks, block length, steps a block). Raises UserError when they do not divide evenly."""
@@ -82,19 +100,20 @@ def decode(
     """Decode `settings.gen_length` tokens after every prompt, and the masks that the prompts hold.
 
     input_ids: (batch, prompt_length), padded on the left; attention_mask: (batch, prompt_length), 0 on padding.
-    Returns (batch, prompt_length + gen_length). A step in which no row commits is not run, except under compat.
+    Returns (batch, prompt_length + gen_length). A step runs the rows that commit at it, and none that has ended; under
+    compat all.
     """
     canvas = Canvas.open(input_ids, attention_mask, denoiser.mask_token, settings.gen_length)
     blocks, block_length, steps = settings.resolved(canvas.most)
-    run = _Run(denoiser, canvas, settings)
+    run = (_Official if settings.compat else _Plain)(denoiser, canvas, settings)
     for block in range(blocks):
         # the masks of the prompt belong to the first block; the official code never fills them
         start = 0 if block == 0 and not settings.compat else canvas.prompt + block * block_length
         window = slice(start, canvas.prompt + (block + 1) * block_length)
-        if settings.threshold is not None:
-            run.until_filled(window)
-        else:
+        if settings.threshold is None:
             run.by_quota(window, block * steps, steps, blocks * steps)
+        elif isinstance(run, _Plain):
+            run.until_filled(window)
         if run.finished:
             break
     return canvas.close(settings.eos_token_id)
@@ -105,55 +124,153 @@ def guided(logits: Tensor, unguided: Tensor, scale: float) -> Tensor:
     return unguided + (scale + 1) * (logits - unguided)
 
 
-class _Run:
+class _Plain:
+    """Our commits: in float32, over the current block alone. Only what a token can be committed at is looked at."""
+
     def __init__(self, denoiser: Denoiser, canvas: Canvas, settings: LLaDASettings):
         self.denoiser, self.canvas, self.settings = denoiser, canvas, settings
         self.given = canvas.sequences != canvas.mask  # what guidance masks
-        self.total = canvas.most
-        self.eos, self.eot = end_of_text(denoiser.model), getattr(denoiser.model.config, "eot_token_id", None)
-        device = canvas.sequences.device
-        self.noise: Noise | torch.Generator
-        if settings.compat:
-            self.noise = torch.Generator(device).manual_seed(settings.seed)
-        else:
-            self.noise = Noise(settings.seed, canvas)
-        self.finished = False
+        self.left = canvas.left  # masks left in each row
+        self.total = max(self.left)
+        self.noise = Noise(settings.seed, canvas)
+        self.rows = list(range(len(self.left)))  # those that have not ended
+        self.windows = settings.windows(denoiser, canvas)
+        self.never = end_of_text(denoiser.model) if settings.logits_eos_inf else None
+        self.held_back = held_back(denoiser) if settings.confidence_eos_eot_inf else []
+
+    @property
+    def finished(self) -> bool:
+        """Whether every row has ended."""
+        return not self.rows
 
     def by_quota(self, window: slice, first: int, steps: int, total: int) -> None:
-        """Fill a block in a fixed number of steps."""
-        quotas = transfer_quotas(self.canvas.masked[:, window].sum(1), steps)
+        """Fill a block in a fixed number of steps, for which no device is asked how far it is."""
+        self._begin(window)
+        masks = self.canvas.masked[:, window].sum(1).tolist()
+        left = list(masks)
         for i in range(steps):
-            if self.settings.compat or bool(quotas[:, i].any()):
-                self._commit(self.canvas.step(first + i, total), window, quotas[:, i])
-            if self.finished:
-                return
+            quota = {row: quota_of(masks[row], steps, i) for row in self.rows}
+            if not any(quota.values()):
+                continue
+            rows = [row for row in self.rows if quota[row] or self.denoiser.fixed_rows]
+            self._commit(self.canvas.step(first + i, total), window, rows, left, [quota[row] for row in rows])
+            for row in rows:
+                left[row] -= quota[row]
+                self.left[row] -= quota[row]
+            if i == steps - 1 or self.canvas.looks_for_ends(i):
+                # nothing that a row would still commit after its end is kept
+                self.rows = self.canvas.going(self.rows, self.settings.eos_token_id, self.denoiser.fixed_rows)
 
     def until_filled(self, window: slice) -> None:
-        """Fill a block in as many steps as the threshold asks for."""
-        while bool(self.canvas.masked[:, window].any()):
-            left = self.canvas.most
-            step = self.canvas.step(len(self.denoiser.forwards), self.total, 1 - left / self.total)
-            self._commit(step, window, None)
-            if self.finished:
+        """Fill a block in as many steps as the threshold asks for; a step asks once what is left."""
+        self._begin(window)
+        while True:
+            masked = self.canvas.masked
+            counts = torch.stack(
+                [masked[:, window].sum(1), masked.sum(1), self.canvas.ended(self.settings.eos_token_id)]
+            )
+            left, self.left, ended = counts.tolist()
+            if all(ended) or (self.denoiser.timeless and not self.denoiser.fixed_rows):
+                self.rows = [row for row in self.rows if not ended[row]]
+            rows = [row for row in self.rows if left[row] or self.denoiser.fixed_rows]
+            if not any(left[row] for row in rows):
                 return
+            progress = 1 - max(self.left[row] for row in self.rows) / self.total
+            step = self.canvas.step(len(self.denoiser.forwards), self.total, progress)
+            self._commit(step, window, rows, left, None)
 
-    def _commit(self, step: Step, window: slice, quota: Tensor | None) -> None:
-        logits = self._logits(step)
-        end = window.stop
-        if self.settings.compat:  # the whole row, later blocks with -inf: ties are decided over it
-            window = slice(0, self.canvas.sequences.shape[1])
-        else:
-            logits = logits[:, window].float()
-            logits[..., self.canvas.mask] = -torch.inf  # or a position could be filled with a mask
-        chosen, confidence = self._choose(logits, window)
-        confidence[:, end - window.start :] = -torch.inf
-        confidence = confidence.where(self.canvas.masked[:, window], -torch.inf)
-        view = self.canvas.sequences[:, window]
+    def _begin(self, window: slice) -> None:
+        """With a cache, a block is what is run in most of its steps: from its first mask on."""
+        if self.windows is not None:
+            first = self.canvas.masked[:, window].any(0).int().argmax()
+            self.windows.begin(slice(window.start + int(first), window.stop))
+
+    def _commit(
+        self, step: Step, window: slice, rows: Sequence[int], left: Sequence[int], quota: list[int] | None
+    ) -> None:
+        """One step of some rows, of whose masks in the window so many are left."""
+        part = self.canvas.part(rows)
+        view = part.sequences[:, window]
+        where = places(part.masked[:, window], sum(left[row] for row in rows))
+        prediction = self._predict(step, part, (where[0], where[1] + window.start))
+        found = prediction.read(self._reader(part, window, where, prediction.vocabulary))
+        chosen = view.index_put(where, found[0])
+        confidence = torch.full_like(view, -torch.inf, dtype=torch.float32)
+        confidence[where] = found[1] if len(found) > 1 else self._uniform(part, window)[where]
         if quota is None:
             commit_above(view, chosen, confidence, self.settings.threshold or 1.0)
         else:
             commit_top(view, chosen, confidence, quota)
-        self.finished = self.canvas.finished(self.settings.eos_token_id)
+        self.canvas.put(part)
+
+    def _predict(self, step: Step, part: Part, where: tuple[Tensor, Tensor]) -> Prediction:
+        """What the model predicts at `where`, rows and positions (n,) of the part."""
+        x, mask, scale = part.sequences, part.attention_mask, self.settings.cfg_scale
+        if self.windows is not None:
+            self.windows.keep(part.rows)
+        if scale == 0:
+            return self.denoiser.predict(step, x, mask, where, windows=self.windows)
+        without = x.masked_fill(part.of(self.given), part.mask)
+        mask = None if mask is None else mask.repeat(2, 1)
+        both = torch.cat([where[0], where[0] + len(x)]), where[1].repeat(2)
+        prediction = self.denoiser.predict(step, torch.cat([x, without]), mask, both, windows=self.windows)
+        return prediction.guided(lambda logits, unguided: guided(logits, unguided, scale))
+
+    def _reader(self, part: Part, window: slice, where: tuple[Tensor, Tensor], words: int) -> Reader:
+        """Reads the chosen token off logits and, unless tokens are committed at random, its probability."""
+        settings = self.settings
+        hot = settings.temperature > 0
+        feed = self.noise.feed(self._draws(part, 0), words, where, part.rows, window) if hot else None
+
+        def read(logits: Tensor, some: slice) -> tuple[Tensor, ...]:
+            logits = logits.float()
+            logits[:, part.mask] = -torch.inf  # or a position could be filled with a mask
+            if self.never is not None:
+                logits[:, self.never] = -torch.inf
+            noisy = logits if feed is None else gumbel(logits, feed.take(len(logits)), settings.temperature)
+            chosen = noisy.argmax(-1)
+            if settings.remasking == "random":
+                return (chosen,)
+            for token in self.held_back:
+                logits[:, token] = -torch.inf
+            # not max - logsumexp, which is no faster and orders what is nearly certain by its rounding
+            return chosen, logits.softmax(-1).gather(-1, chosen[:, None])[:, 0]
+
+        return read
+
+    def _uniform(self, part: Part, window: slice) -> Tensor:
+        return self.noise.uniform(self._draws(part, 1), window=window, rows=part.rows, dtype=torch.float32)
+
+    def _draws(self, part: Part, which: int) -> list[int]:
+        # a row's masks left number its draws: equal for the same row in any batch
+        return [2 * self.left[row] + which for row in part.rows]
+
+
+class _Official:
+    """The official code's commits: in the model's own dtype and over the whole row, so that ties are decided as there.
+
+    It makes logits of all positions and draws noise for all of them.
+    """
+
+    finished = False  # it goes on after the end of text
+
+    def __init__(self, denoiser: Denoiser, canvas: Canvas, settings: LLaDASettings):
+        self.denoiser, self.canvas, self.settings = denoiser, canvas, settings
+        self.given = canvas.sequences != canvas.mask
+        self.generator = torch.Generator(canvas.sequences.device).manual_seed(settings.seed)
+        self.eos, self.held_back = end_of_text(denoiser.model), held_back(denoiser)
+        if settings.temperature > 0:  # forgotten by the official code
+            self.held_back = [token for token in self.held_back if token != self.eos]
+
+    def by_quota(self, window: slice, first: int, steps: int, total: int) -> None:
+        """Fill a block in a fixed number of steps."""
+        masks = self.canvas.masked[:, window].sum(1).tolist()
+        for i in range(steps):
+            logits = self._logits(self.canvas.step(first + i, total))
+            chosen, confidence = self._choose(logits)
+            confidence[:, window.stop :] = -torch.inf
+            confidence = confidence.where(self.canvas.masked, -torch.inf)
+            commit_top(self.canvas.sequences, chosen, confidence, [quota_of(count, steps, i) for count in masks])
 
     def _logits(self, step: Step) -> Tensor:
         canvas, scale = self.canvas, self.settings.cfg_scale
@@ -164,31 +281,31 @@ class _Run:
         logits, unguided = self.denoiser(step, torch.cat([canvas.sequences, without]), mask).chunk(2)
         return guided(logits, unguided, scale)
 
-    def _choose(self, logits: Tensor, window: slice) -> tuple[Tensor, Tensor]:
-        """The chosen token of every position of `logits` (batch, window, vocabulary), and how confident it is."""
-        settings, temperature = self.settings, self.settings.temperature
+    def _choose(self, logits: Tensor) -> tuple[Tensor, Tensor]:
+        """The chosen token of every position of `logits` (batch, length, vocabulary), and how confident it is."""
+        settings = self.settings
         if settings.logits_eos_inf and self.eos is not None:
             logits[..., self.eos] = -torch.inf
         noisy = logits
-        if temperature > 0:  # Gumbel-max: argmax exp(z) / (-log U)^temperature, U uniform in float64
-            uniform = self._uniform(0, window, logits.shape, torch.float64)
-            noisy = logits.double().exp() / (-uniform.log()) ** temperature
+        if settings.temperature > 0:
+            noisy = gumbel(logits, self._uniform(logits.shape, torch.float64), settings.temperature)
         chosen = noisy.argmax(-1)
-        if settings.confidence_eos_eot_inf:
-            for token in self._held_back():
-                logits[..., token] = -torch.inf
+        for token in self.held_back if settings.confidence_eos_eot_inf else ():
+            logits[..., token] = -torch.inf
         if settings.remasking == "random":
-            return chosen, self._uniform(1, window, chosen.shape, torch.float32)
+            return chosen, self._uniform(chosen.shape, torch.float32)
         return chosen, logits.softmax(-1).gather(-1, chosen[..., None])[..., 0]
 
-    def _held_back(self) -> list[int]:
-        """Tokens whose confidence is 0. The official code forgets the end of text when there is noise."""
-        forgotten = self.settings.compat is not None and self.settings.temperature > 0
-        return [token for token in (None if forgotten else self.eos, self.eot) if token is not None]
+    def _uniform(self, shape: torch.Size, dtype: torch.dtype) -> Tensor:
+        return torch.rand(shape, dtype=dtype, generator=self.generator, device=self.generator.device)
 
-    def _uniform(self, which: int, window: slice, shape: torch.Size, dtype: torch.dtype) -> Tensor:
-        if isinstance(self.noise, torch.Generator):
-            return torch.rand(shape, dtype=dtype, generator=self.noise, device=self.noise.device)
-        # a row's masks left number its draws: equal for the same row in any batch
-        draws = [2 * left + which for left in self.canvas.left]
-        return self.noise.uniform(draws, *shape[2:], window=window, dtype=dtype)
+
+def gumbel(logits: Tensor, uniform: Tensor, temperature: float) -> Tensor:
+    """Gumbel-max as LLaDA has it: the argmax of exp(z) / (-log U)^temperature, in float64, is a draw."""
+    return logits.double().exp() / (-uniform.log()) ** temperature
+
+
+def held_back(denoiser: Denoiser) -> list[int]:
+    """Tokens that `confidence_eos_eot_inf` commits last: the end of a text, the end of a turn."""
+    tokens = end_of_text(denoiser.model), getattr(denoiser.model.config, "eot_token_id", None)
+    return [token for token in tokens if token is not None]
