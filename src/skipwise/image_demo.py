@@ -37,7 +37,7 @@ BACKGROUNDS = ("blue", "orange", "black", "white")  # white alone is in a pictur
 SEEDS = (0, 1, 2)
 SETTINGS = FinetuneSettings(resolution=64, batch=4, rank=8, dtype="float32", text_tokens=16)
 # chosen for ordinary LoRA, with a seed of its own
-TRAINING = TrainingSettings(steps=400, learning_rate=5e-3, draws=48, checkpoint_every=100)
+TRAINING = TrainingSettings(steps=1000, learning_rate=5e-3, draws=96, checkpoint_every=100)
 
 
 @dataclass(frozen=True)
@@ -59,10 +59,12 @@ class Way:
         return select_blocks(model, self.blocks, self.rule, learnt, self.settings) if self.blocks else None
 
 
+HALF = SETTINGS.but(rank=2 * SETTINGS.rank)  # as many parameters on half of the blocks
 WAYS = (
     Way("LoRA on all blocks", SETTINGS),
-    Way("LoRA on vital blocks", replace(SETTINGS, late="frozen"), "50%"),
-    Way("BlockSkip", replace(SETTINGS, patch=32), "50%"),
+    Way("LoRA on vital blocks", HALF.but(late="frozen"), "50%"),
+    Way("BlockSkip", HALF.but(patch=32), "50%"),
+    Way("Last half, exact", HALF.but(late="none", checkpointing=True), "50%", "last"),
 )
 
 

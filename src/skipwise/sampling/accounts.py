@@ -49,6 +49,8 @@ def shares(forwards: Iterable[Forward], prices_of: Callable[[str | None, int], P
 
 def _attending(forward: Forward, price: Price) -> int:
     """FLOPs of blocks whose tokens attended to the forward's keys; `price` is of as many tokens among themselves."""
+    if forward.keys == forward.tokens:
+        return price.flops
     return price.flops + price.attention_flops * (forward.keys - forward.tokens) // forward.tokens
 
 
