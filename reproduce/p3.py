@@ -18,6 +18,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from p3_results import BLOCKSKIP, LAST, LORA
 from PIL import Image
 from torch import nn
 
@@ -34,8 +35,7 @@ from skipwise.report.personalisation import Outcome
 
 SEEDS = (0, 1, 2)
 REPEATS = 4  # pictures a prompt and seed
-LORA, BLOCKSKIP = "LoRA on all blocks", "BlockSkip"
-PATCHES = replace(SETTINGS, patch=32)
+RANKS = {"50%": 16, "30%": 24}  # so that all ways train about as many parameters as rank 8 on all blocks
 
 
 @dataclass
@@ -72,26 +72,25 @@ def refreshed(model: str, learnt: Subject, folder: Path, *rest: Any, device: str
 
 
 def part(name: str, rule: str = "vital", share: str = "50%", **changes: Any) -> Way:
-    """A way that trains some of the blocks on patches."""
+    """A way that trains some of the blocks, on patches of half the side if nothing else is said."""
     training = {key: changes.pop(key) for key in ("schedule", "train") if key in changes}
-    return Way(name, PATCHES.but(**changes), share, rule, **training)
+    return Way(name, SETTINGS.but(**{"patch": 32, "rank": RANKS[share], **changes}), share, rule, **training)
 
 
 GROUPS = {
     "tricks": (
         Way(LORA, SETTINGS),
-        Way("LoRA, checkpointing", SETTINGS.but(checkpointing=True)),
-        Way("patches alone", PATCHES),
-        Way("half the blocks alone", SETTINGS, "50%"),
+        Way("patches alone", SETTINGS.but(patch=32)),
+        part("half the blocks alone", patch=None),
         part(BLOCKSKIP),
-        part("BlockSkip, checkpointing", checkpointing=True),
         part("BlockSkip, 30% of the blocks", share="30%"),
     ),
     "late": (
-        part("late blocks frozen", late="frozen"),
         part("late blocks streamed", late="streamed"),
         part("residuals refreshed", train=refreshed),
         part("last half, exact", rule="last", late="none"),
+        part(LAST, rule="last", late="none", patch=None),
+        part(LAST + ", checkpointing", rule="last", late="none", patch=None, checkpointing=True),
     ),
     "rules": (
         part("blocks by the paper's rule", rule="paper"),

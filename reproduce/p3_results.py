@@ -13,6 +13,7 @@ from skipwise.evaluation.pictures import over_seeds
 
 GROUPS = ("tricks", "late", "rules", "schedules")
 BEFORE, LORA, BLOCKSKIP = "as it was", "LoRA on all blocks", "BlockSkip"
+LAST = "last half, exact, whole pictures"
 
 
 @dataclass(frozen=True)
