@@ -42,6 +42,7 @@ VARIANTS: dict[str, tuple[int, dict[str, Any]]] = {
     "half, patches, late frozen": (50, {"patch": 256, "late": "frozen"}),
     "half, patches, late streamed": (50, {"patch": 256, "late": "streamed"}),
     "last half, patches": (50, {"patch": 256, "late": "none"}),
+    "last half, checkpointing": (50, {"checkpointing": True, "late": "none"}),
     "30%, patches": (30, {"patch": 256}),
     "30%, patches, checkpointing": (30, {"patch": 256, "checkpointing": True}),
     "30%, patches, checkpointing, 8-bit": (30, {"patch": 256, "checkpointing": True, "optimiser": "adamw8bit"}),
@@ -58,7 +59,7 @@ def rows_of(estimator: Estimator) -> dict[str, MemoryEstimate]:
     for name, (percent, changes) in VARIANTS.items():
         place: Place = "end" if changes.get("late") == "none" else "middle"
         train = consecutive(sizes, total * percent // 100, place)
-        rows[name] = estimator.estimate(FinetuneSettings(**changes), train)
+        rows[name] = estimator.estimate(FinetuneSettings(**{"late": "residual", **changes}), train)
     return rows
 
 

@@ -74,7 +74,8 @@ def refreshed(model: str, learnt: Subject, folder: Path, *rest: Any, device: str
 def part(name: str, rule: str = "vital", share: str = "50%", **changes: Any) -> Way:
     """A way that trains some of the blocks, on patches of half the side if nothing else is said."""
     training = {key: changes.pop(key) for key in ("schedule", "train") if key in changes}
-    return Way(name, SETTINGS.but(**{"patch": 32, "rank": RANKS[share], **changes}), share, rule, **training)
+    settings: dict[str, Any] = {"patch": 32, "rank": RANKS[share], "late": "residual", **changes}
+    return Way(name, SETTINGS.but(**settings), share, rule, **training)
 
 
 GROUPS = {

@@ -25,7 +25,7 @@ from skipwise.plan import Plan
 from tests.tiny_pipelines import PROMPT, ROWS, save
 
 SIDE = 32
-SETTINGS = FinetuneSettings(resolution=2 * SIDE, patch=SIDE, rank=2, dtype="float32")
+SETTINGS = FinetuneSettings(resolution=2 * SIDE, patch=SIDE, rank=2, dtype="float32", late="residual")
 TRAINING = TrainingSettings(steps=4, draws=2, learning_rate=1e-2, checkpoint_every=2)
 
 

@@ -89,7 +89,7 @@ def on_cpu(stage: Stage, settings: FinetuneSettings, train: Any, warmup: int, st
 
 
 def row(estimator: Estimator, stage: Stage, percent: int, changes: dict[str, Any], options: Any) -> dict[str, Any]:
-    settings = FinetuneSettings(**changes)
+    settings = FinetuneSettings(**{"late": "residual", **changes})
     sizes = estimator.block_bytes(settings.dtype)
     train = consecutive(sizes, sum(map(len, sizes.values())) * percent // 100, "middle")
     estimated = estimator.estimate(settings, train).training.total

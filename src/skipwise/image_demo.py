@@ -63,7 +63,7 @@ HALF = SETTINGS.but(rank=2 * SETTINGS.rank)  # as many parameters on half of the
 WAYS = (
     Way("LoRA on all blocks", SETTINGS),
     Way("LoRA on vital blocks", HALF.but(late="frozen"), "50%"),
-    Way("BlockSkip", HALF.but(patch=32), "50%"),
+    Way("BlockSkip", HALF.but(patch=32, late="residual"), "50%"),
     Way("Last half, exact", HALF.but(late="none", checkpointing=True), "50%", "last"),
 )
 

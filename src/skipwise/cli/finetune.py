@@ -18,8 +18,8 @@ if TYPE_CHECKING:
     from skipwise.finetuning.settings import FinetuneSettings
     from skipwise.finetuning.train import TrainingSettings
 
-RULE_HELP = "Which blocks: middle, last (the default of late=none), or by the subject's words: vital, paper."
-SET_HELP = "Any other setting, name=value, such as late=frozen, checkpointing=true, draws=16. Repeatable."
+RULE_HELP = "Which blocks: last (the default), middle (that of late=residual), or by the subject's words: vital, paper."
+SET_HELP = "Any other setting, name=value, such as late=residual, checkpointing=true, draws=16. Repeatable."
 
 
 def command(
@@ -113,7 +113,7 @@ class Choice:
             return Plan.load(self.plan), settings
         if self.blocks == "all":
             return None, settings
-        rule = self.rule or ("last" if settings.late == "none" else "middle")
+        rule = self.rule or settings.rule
         return select_blocks(self.model, self.blocks, rule, subject, settings, device=self.device, seed=seed), settings
 
 

@@ -28,7 +28,7 @@ CLIP = 77  # tokens of CLIP, which come first in SD3's text stream
 def select_blocks(
     name: str,
     budget: int | str,
-    rule: str = "middle",
+    rule: str = "last",
     subject: Subject | None = None,
     settings: FinetuneSettings | None = None,
     *,

@@ -19,7 +19,8 @@ class FinetuneSettings:
 
     resolution: side, in pixels, that pictures are resized to; patch: side of the crops that the model sees, None for
     whole pictures; batch: samples a step.
-    late: what becomes of skipped blocks behind the first trained one, as in `hollow`.
+    late: what becomes of skipped blocks behind the first trained one, as in `hollow`. The default is exact, and costs
+    nothing where the last blocks are trained; "residual" is the paper's (docs/results/p3.md has why it is not chosen).
     checkpointing: activations inside of a block are computed again in the backward pass.
     rank, targets: of LoRA; targets are ends of names of linear layers in trained blocks.
     dtype: of the base weights. precision: "mixed" keeps LoRA in float32 and computes products in `dtype`, norms in the
@@ -31,7 +32,7 @@ class FinetuneSettings:
     resolution: int = 512
     patch: int | None = None
     batch: int = 1
-    late: LateMode = "residual"
+    late: LateMode = "streamed"
     checkpointing: bool = False
     rank: int = 16
     targets: tuple[str, ...] = PROJECTIONS
@@ -62,6 +63,11 @@ class FinetuneSettings:
     def pixels(self) -> int:
         """Side of what the model sees."""
         return self.patch or self.resolution
+
+    @property
+    def rule(self) -> Literal["last", "middle"]:
+        """Which blocks to train where nothing is said: the last; under the paper's late mode those in the middle."""
+        return "middle" if self.late == "residual" else "last"
 
     def but(self, **changes: Any) -> Self:
         """These settings with some changed. Raises UserError for an unknown name."""

@@ -106,9 +106,10 @@ def cheapest(model: str | nn.Module | Estimator, memory: str | int, settings: Fi
 
     1. as many bytes of blocks trained as anything allows, less a twentieth of all blocks;
     2. AdamW rather than its 8-bit form, which needs bitsandbytes and saves little of a LoRA;
-    3. without gradient checkpointing rather than with; 4. whole pictures rather than patches of half the side.
+    3. whole pictures rather than patches of half the side, which cost quality (docs/results/p3.md);
+    4. without gradient checkpointing rather than with, which costs time alone.
 
-    Blocks are consecutive, in the middle of the model, or its last ones under late mode "none". Raises UserError that
+    Blocks are consecutive: the model's last, or, under late mode "residual", those in its middle. Raises UserError that
     says what the least is when nothing fits.
     """
     estimator = model if isinstance(model, Estimator) else Estimator(model)
@@ -128,7 +129,7 @@ class _Search:
     def __post_init__(self) -> None:
         self.sizes = self.estimator.block_bytes(self.base.dtype)
         self.total = len(in_order(self.sizes))
-        self.place: Place = "end" if self.base.late == "none" else "middle"
+        self.place: Place = "end" if self.base.rule == "last" else "middle"
 
     @property
     def ways(self) -> list[FinetuneSettings]:
@@ -140,8 +141,8 @@ class _Search:
         return [
             replace(base, checkpointing=c, patch=p, optimiser=o)
             for o in optimisers
-            for c in checkpointing
             for p in patches
+            for c in checkpointing
         ]
 
     def best(self) -> Fit:
