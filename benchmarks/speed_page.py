@@ -23,7 +23,8 @@ official code does, costs included ([benchmarks/official_loops.py](../../benchma
 """
 ABOUT = {
     "zoo": "## The embedded models against the official loops\n"
-    "In one thread. Batches of task prompts, greedy, one token a step. *Same tokens* is `compat=` where our default is not the same.",
+    "In one thread. Batches of task prompts, greedy, one token a step. *Same tokens* is `compat=` where our default is "
+    "not the same.",
     "shapes": "## Published vocabularies against the official loops\n"
     "Random weights, 8 blocks of width 512, in float32. Fewer steps than tokens, or the official loops would take "
     "hours; what a step costs does not depend on how many tokens it commits.",
