@@ -1,7 +1,7 @@
 """What of paper 3 holds at this scale, and what is ours beyond it: each claim's verdict follows from the numbers."""
 
 from p3_results import BLOCKSKIP, LAST, LORA, Found, gain
-from pages import FAILS, HOLDS, UNTESTED, Verdict, shown
+from pages import UNTESTED, Verdict, shown, verdict
 
 from skipwise.sizes import GIB
 
@@ -45,19 +45,15 @@ def peak(found: Found, variant: str, model: str = FLUX) -> float:
     return found.memory["models"][model][variant]["peak_bytes"] / GIB
 
 
-def _said(claim: str, holds: bool, evidence: str) -> Verdict:
-    return claim, HOLDS if holds else FAILS, evidence
-
-
 def _baseline(found: Found) -> Verdict:
     whole = peak(found, WHOLE)
-    return _said("LoRA of FLUX at 512 px takes about 30 GiB", abs(whole - 30) < 1.5, f"estimated {whole:.2f} GiB")
+    return verdict("LoRA of FLUX at 512 px takes about 30 GiB", abs(whole - 30) < 1.5, f"estimated {whole:.2f} GiB")
 
 
 def _saving(found: Found) -> Verdict:
     values = {model: saved(found, HALF, model) for model in found.memory["models"]}
     evidence = ", ".join(f"{model} {value:.1%}" for model, value in values.items())
-    return _said(
+    return verdict(
         "Half the blocks and half the picture's side save 46 to 65% of LoRA's memory",
         all(PAPER[0] <= value for value in values.values()),
         f"estimated: {evidence}",
@@ -66,7 +62,9 @@ def _saving(found: Found) -> Verdict:
 
 def _measured(found: Found) -> Verdict:
     value = measured(found, BLOCKSKIP)
-    return _said("The same on tiny-dit, measured: at least 46%", value >= PAPER[0], f"{value:.1%} of a step's tensors")
+    return verdict(
+        "The same on tiny-dit, measured: at least 46%", value >= PAPER[0], f"{value:.1%} of a step's tensors"
+    )
 
 
 def _on_par(found: Found) -> Verdict:
@@ -76,7 +74,7 @@ def _on_par(found: Found) -> Verdict:
         f"{shown(ours.similarity)} against {shown(lora.similarity)}, paired difference {shown(gain(ours, lora))}; "
         f"prompt fidelity {shown(ours.fidelity)} against {shown(lora.fidelity)}"
     )
-    return _said("BlockSkip's subject similarity is within the interval of LoRA's, or above", within, evidence)
+    return verdict("BlockSkip's subject similarity is within the interval of LoRA's, or above", within, evidence)
 
 
 def _vital(found: Found) -> Verdict:
@@ -84,18 +82,16 @@ def _vital(found: Found) -> Verdict:
     others = [found.way(name) for name in ("middle blocks", "last half, exact", "blocks by the paper's rule")]
     gains = [(other.name, gain(vital, other)) for other in others]
     evidence = f"{vital.trained}; over " + ", ".join(f"{name} {shown(value)}" for name, value in gains)
-    return _said(
+    return verdict(
         "Blocks that masking finds vital are better to train than others", all(g.low > 0 for _, g in gains), evidence
     )
 
 
 def _patches(found: Found) -> Verdict:
     grown = found.way(BLOCKSKIP)
-    gains = [
-        (name, gain(grown, found.way(name))) for name in ("whole pictures, made small", "small crops alone")
-    ]  # fmt: skip
+    gains = [(name, gain(grown, found.way(name))) for name in ("whole pictures, made small", "small crops alone")]
     evidence = "over " + ", ".join(f"{name} {shown(value)}" for name, value in gains)
-    return _said(
+    return verdict(
         "Crops that grow with the noise are better than crops of one size", all(g.low > 0 for _, g in gains), evidence
     )
 
@@ -103,7 +99,7 @@ def _patches(found: Found) -> Verdict:
 def _small_card(found: Found) -> Verdict:
     training, making = peak(found, THIRTY), found.memory["models"][FLUX][THIRTY]["making"]["total"] / GIB
     evidence = f"estimated {training:.2f} GiB ({saved(found, THIRTY):.1%} less), making of residuals {making:.2f} GiB"
-    return _said("FLUX.1-dev at 512 px fits 6 GiB with 30% of the blocks", max(training, making) <= 6, evidence)
+    return verdict("FLUX.1-dev at 512 px fits 6 GiB with 30% of the blocks", max(training, making) <= 6, evidence)
 
 
 def _ours(found: Found) -> Verdict:
@@ -115,7 +111,7 @@ def _ours(found: Found) -> Verdict:
         f"with {measured(found, ours.name):.1%} less memory (without checkpointing {measured(found, LAST):.1%}); "
         f"on FLUX {peak(found, 'last half, checkpointing'):.2f} GiB (estimated)"
     )
-    return _said(
+    return verdict(
         "The last half of the blocks, whole pictures, checkpointed: as good as LoRA at 46% less memory", holds, evidence
     )
 
@@ -125,7 +121,7 @@ def _streamed(found: Found) -> Verdict:
     better = gain(exact, paper)
     cost = peak(found, "half, patches, late streamed") - peak(found, HALF)
     evidence = f"similarity {shown(better)} above stored residuals; on FLUX {cost:.2f} GiB more (estimated)"
-    return _said("Late blocks streamed, exact, personalise better than stored residuals", better.low > 0, evidence)
+    return verdict("Late blocks streamed, exact, personalise better than stored residuals", better.low > 0, evidence)
 
 
 def _last(found: Found) -> Verdict:
@@ -134,7 +130,7 @@ def _last(found: Found) -> Verdict:
         f"similarity {shown(last.similarity)} against {shown(streamed.similarity)} with vital blocks and late ones "
         f"streamed; on FLUX {peak(found, 'last half, patches'):.2f} GiB (estimated)"
     )
-    return _said(
+    return verdict(
         "Training the last half, exact without any late block, personalises as well",
         last.similarity.value >= streamed.similarity.low,
         evidence,
@@ -142,12 +138,10 @@ def _last(found: Found) -> Verdict:
 
 
 def _stale(found: Found) -> Verdict:
-    fresh, stale, exact = (
-        found.way(name) for name in ("residuals refreshed", BLOCKSKIP, "late blocks streamed")
-    )  # fmt: skip
+    fresh, stale, exact = (found.way(name) for name in ("residuals refreshed", BLOCKSKIP, "late blocks streamed"))
     evidence = (
         f"refreshing at every step brings {shown(gain(fresh, stale))}; passing gradients too "
         f"{shown(gain(exact, fresh))} on top"
     )
     holds = gain(fresh, stale).low <= 0
-    return _said("Staleness is not what stored residuals lose by, the missing gradient is", holds, evidence)
+    return verdict("Staleness is not what stored residuals lose by, the missing gradient is", holds, evidence)

@@ -9,7 +9,6 @@ from torch import Tensor, nn
 from skipwise.calibration import Moment, Visited
 from skipwise.errors import UserError
 from skipwise.evaluation.tasks import EvaluationTask
-from skipwise.models.bidirectional import Where
 from skipwise.sampling.denoiser import Denoiser, Step
 from skipwise.sampling.prediction import Prediction
 
@@ -21,18 +20,13 @@ class _Recorder(Denoiser):
     moments: list[Moment] = field(default_factory=list)
 
     def predict(
-        self,
-        step: Step,
-        inputs: Tensor,
-        attention_mask: Tensor | None = None,
-        where: Where | None = None,
-        **others: Any,
+        self, step: Step, inputs: Tensor, attention_mask: Tensor | None = None, *rest: Any, **others: Any
     ) -> Prediction:
         """As a denoiser's."""
         if attention_mask is not None and not bool(attention_mask.all()):
             raise UserError("Padded prompts cannot be calibrated on; use a task whose prompts are of equal length.")
         self.moments += [Moment(tuple(row), 0, step.progress) for row in inputs.tolist()]
-        return super().predict(step, inputs, attention_mask, where, **others)
+        return super().predict(step, inputs, attention_mask, *rest, **others)
 
 
 def visit(

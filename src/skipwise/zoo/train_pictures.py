@@ -202,52 +202,37 @@ def train_denoiser(
     """
     torch.manual_seed(seed)
     model = TextToImage(recipe)
-    fit = (output, seed, recipe, autoencoder, compile_blocks, evaluate, every, stop_after)
-    stage = _fit_denoiser("denoiser", model, *fit)
-    if stage.step < recipe.steps or not recipe.mixed_steps:
-        return cast(TextToImage, stage.average.module.eval())
-    rate = recipe.learning_rate / 3
-    mixed = replace(recipe, steps=recipe.mixed_steps, learning_rate=rate, decay_from=0.4)
-    model.load_state_dict(stage.average.module.state_dict())
-    stage = _fit_denoiser("mixed", model, output, seed, mixed, *fit[3:])
-    return cast(TextToImage, stage.average.module.eval())
-
-
-def _fit_denoiser(
-    name: str,
-    model: TextToImage,
-    output: Path,
-    seed: int,
-    recipe: PictureRecipe,
-    autoencoder: Any,
-    compile_blocks: bool,
-    evaluate: Report | None,
-    every: int,
-    stop_after: int | None,
-) -> Stage:
-    stage = Stage(name, output, model, recipe, build_optimizers(model, recipe.learning_rate))
-    stream = {"denoiser": DENOISER, "mixed": MIXED}[name]
     if compile_blocks:
         for block in transformer_blocks(model):
             block.compile()
 
-    def loss(step: int) -> Tensor:
-        pixels, captions = pictures((seed, stream, step), recipe.batch_size)
-        generator = torch.Generator().manual_seed(step)
-        kept = torch.rand(len(captions), generator=generator) >= recipe.dropout
-        captions = [text if keep else "" for text, keep in zip(captions, kept, strict=True)]
-        if name == "mixed" and step % 2:
-            pixels = crops(pixels, generator)
-        with torch.autocast("cpu", torch.bfloat16):
-            return flow_matching_loss(model, encode(autoencoder, pixels).float(), captions, generator, recipe.shift)
+    def fit(name: str, stream: int, own: PictureRecipe, mixed: bool) -> Stage:
+        def loss(step: int) -> Tensor:
+            pixels, captions = pictures((seed, stream, step), own.batch_size)
+            generator = torch.Generator().manual_seed(step)
+            kept = torch.rand(len(captions), generator=generator) >= own.dropout
+            captions = [text if keep else "" for text, keep in zip(captions, kept, strict=True)]
+            if mixed and step % 2:
+                pixels = crops(pixels, generator)
+            with torch.autocast("cpu", torch.bfloat16):
+                return flow_matching_loss(model, encode(autoencoder, pixels).float(), captions, generator, own.shift)
+
+        stage = Stage(name, output, model, own, build_optimizers(model, own.learning_rate))
+        stage.fit(loss, every, stop_after, report)
+        return stage
 
     def report(average: nn.Module) -> dict[str, float]:
         with torch.compiler.set_stance("force_eager"):
             held_out = held_out_loss(average, autoencoder, recipe.shift)
             return {"held_out_loss": held_out} | (evaluate(average) if evaluate else {})
 
-    stage.fit(loss, every, stop_after, report)
-    return stage
+    stage = fit("denoiser", DENOISER, recipe, mixed=False)
+    if stage.step >= recipe.steps and recipe.mixed_steps:
+        model.load_state_dict(stage.average.module.state_dict())
+        rate = recipe.learning_rate / 3
+        own = replace(recipe, steps=recipe.mixed_steps, learning_rate=rate, decay_from=0.4)
+        stage = fit("mixed", MIXED, own, mixed=True)
+    return cast(TextToImage, stage.average.module.eval())
 
 
 @torch.no_grad()
