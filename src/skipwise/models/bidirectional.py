@@ -5,6 +5,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from skipwise.models.lean import is_lean, narrows, run, spared
+
 Where = Tensor | tuple[Tensor, Tensor]  # bool (rows, length), or its indices: rows (n,) and positions (n,)
 
 
@@ -24,16 +26,32 @@ class Bidirectional:
         self, input_ids: Tensor, attention_mask: Tensor | None = None, where: Where | int | None = None, **others: Any
     ) -> Tensor:
         """What the head makes logits of: (rows, length, width), or at `where` alone, as `kept` says."""
-        return kept(self._run(input_ids, attention_mask, **others), where)
+        return self._run(input_ids, attention_mask, where, **others)
+
+    def narrows(self, where: Where | int | None) -> bool:
+        """Whether `states` at `where` would run the last block there alone."""
+        return isinstance(where, tuple) and narrows(self.model)  # type: ignore[attr-defined]
+
+    def spared(self, rows: int, keys: int) -> int:
+        """FLOPs that this spares, for every other position, in a forward of so many rows whose positions see `keys`."""
+        return spared(self.model, rows, keys)  # type: ignore[attr-defined]
 
     @property
     def head(self) -> nn.Module:
         """States (..., width) -> logits (..., vocab_size)."""
         return self.lm_head  # type: ignore[attr-defined]
 
-    def _run(self, input_ids: Tensor, attention_mask: Tensor | None, **others: Any) -> Tensor:
-        mask = key_mask(attention_mask, self.config)  # type: ignore[attr-defined]
-        return self.model(input_ids, attention_mask=mask, **others).last_hidden_state  # type: ignore[attr-defined]
+    def _run(
+        self, input_ids: Tensor, attention_mask: Tensor | None, where: Where | int | None, **others: Any
+    ) -> Tensor:
+        """The decoder's states at `where`."""
+        trunk: Any = self.model  # type: ignore[attr-defined]
+        mask, past = key_mask(attention_mask, trunk.config), others.get("past_key_values")
+        if not {k for k, v in others.items() if v is not None} <= {"past_key_values"} or not is_lean(trunk, mask):
+            return kept(trunk(input_ids, attention_mask=mask, **others).last_hidden_state, where)
+        if isinstance(where, tuple):
+            return run(trunk, input_ids, mask, past, where)
+        return kept(run(trunk, input_ids, mask, past), where)
 
 
 def key_mask(attention_mask: Tensor | None, config: Any) -> Tensor | None:

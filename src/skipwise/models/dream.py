@@ -108,7 +108,8 @@ class DreamModel(Bidirectional, Qwen2ForCausalLM):
         begin = _begin(kwargs.get("past_key_values"))
         outputs = self.model(input_ids, attention_mask=attention_mask, **kwargs)
         found = outputs.last_hidden_state
-        logits = self.lm_head(_shifted(found, _positions(logits_to_keep, found), attention_mask, begin))
+        where = _before(_positions(logits_to_keep, found), attention_mask, begin, found)
+        logits = self.lm_head(kept(found, where))
         return CausalLMOutputWithPast(
             logits=cast(Any, logits), hidden_states=outputs.hidden_states, attentions=outputs.attentions
         )
@@ -117,16 +118,9 @@ class DreamModel(Bidirectional, Qwen2ForCausalLM):
         self, input_ids: Tensor, attention_mask: Tensor | None = None, where: Where | int | None = None, **others: Any
     ) -> Tensor:
         """What the head makes logits of: (batch, length, width), or at `where` alone; the shift is in it."""
-        begin = _begin(others.get("past_key_values"))
-        states = self._run(input_ids, attention_mask, **others)
-        if where is not None and not isinstance(where, int):
-            return _shifted(states, where, attention_mask, begin)
-        before = torch.cat([states[:, :1], states[:, :-1]], 1)
-        if attention_mask is not None:
-            present = _present(attention_mask, begin, states).bool()
-            first = present & (present.cumsum(1) == 1)  # left of a row's first token there is only padding
-            before = states.where(first[..., None], before)
-        return kept(before, where)
+        asked = where if isinstance(where, tuple) else _positions(0 if where is None else where, input_ids)
+        before = _before(asked, attention_mask, _begin(others.get("past_key_values")), input_ids)
+        return self._run(input_ids, attention_mask, before, **others)
 
 
 def _begin(past: Cache | None) -> int:
@@ -139,11 +133,11 @@ def _present(attention_mask: Tensor, begin: int, states: Tensor) -> Tensor:
     return attention_mask.reshape(len(states), -1)[:, begin : begin + states.shape[1]]
 
 
-def _positions(logits_to_keep: int | Tensor, states: Tensor) -> Tensor:
+def _positions(logits_to_keep: int | Tensor, inputs: Tensor) -> Tensor:
     """(batch, positions), or a mask (batch, length) as it is."""
-    batch, length, _ = states.shape
+    batch, length = inputs.shape[:2]
     if not isinstance(logits_to_keep, Tensor):
-        logits_to_keep = torch.arange(length - (logits_to_keep or length), length, device=states.device)
+        logits_to_keep = torch.arange(length - (logits_to_keep or length), length, device=inputs.device)
     if logits_to_keep.ndim == 1 and logits_to_keep.dtype != torch.bool:
         return logits_to_keep.expand(batch, -1)
     if logits_to_keep.ndim != 2:
@@ -151,12 +145,12 @@ def _positions(logits_to_keep: int | Tensor, states: Tensor) -> Tensor:
     return logits_to_keep
 
 
-def _shifted(states: Tensor, where: Where, attention_mask: Tensor | None, begin: int) -> Tensor:
-    """The states that predict what is at `where` (see `kept`): one to the left of each position."""
-    first = torch.zeros(len(states), 1, dtype=torch.long, device=states.device)
+def _before(where: Where, attention_mask: Tensor | None, begin: int, inputs: Tensor) -> Where:
+    """Where the states are that predict what is at `where` (see `kept`): one to the left of each position."""
+    first = torch.zeros(len(inputs), 1, dtype=torch.long, device=inputs.device)
     if attention_mask is not None:  # left of a row's first token there is only padding
-        first = _present(attention_mask, begin, states).int().argmax(1, keepdim=True)
+        first = _present(attention_mask, begin, inputs).int().argmax(1, keepdim=True)
     if isinstance(where, Tensor) and where.dtype != torch.bool:
-        return kept(states, (where - 1).maximum(first))
+        return (where - 1).maximum(first)
     rows, positions = where if isinstance(where, tuple) else where.nonzero(as_tuple=True)
-    return states[rows, (positions - 1).maximum(first[rows, 0])]
+    return rows, (positions - 1).maximum(first[rows, 0])

@@ -17,6 +17,7 @@ from transformers import Cache, PreTrainedConfig, PreTrainedModel
 from transformers.modeling_outputs import MaskedLMOutput
 
 from skipwise.models.bidirectional import Where, kept
+from skipwise.models.lean import Places, quickly, watched
 from skipwise.models.official import check_official
 
 FREQUENCIES = 256  # of the sinusoidal embedding of sigma
@@ -69,7 +70,7 @@ class _Norm(nn.Module):
         self.weight = nn.Parameter(torch.ones(width))
 
     def forward(self, x: Tensor) -> Tensor:
-        return (F.layer_norm(x.float(), x.shape[-1:]) * self.weight.float()).to(x.dtype)
+        return F.layer_norm(x.float(), x.shape[-1:], self.weight.float()).to(x.dtype)
 
 
 class _Embedding(nn.Module):
@@ -100,8 +101,7 @@ def _modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
 
 
 def _rotate(x: Tensor, cosine: Tensor, sine: Tensor) -> Tensor:
-    first, second = x.chunk(2, dim=-1)
-    return x * cosine + torch.cat([-second, first], dim=-1) * sine
+    return torch.addcmul(x * cosine, x.roll(x.shape[-1] // 2, -1), sine)
 
 
 class MDLMBlock(nn.Module):
@@ -125,21 +125,28 @@ class MDLMBlock(nn.Module):
         conditioning: Tensor,
         attention_mask: Tensor | None = None,
         store: Store | None = None,
+        where: Places | None = None,
     ) -> Tensor:
         """x: (batch, length, width); rotary: two (length, head width); conditioning: (batch, cond_dim); mask: bool.
 
         store: takes the keys and values of x, (batch, heads, length, head width), and gives those that x attends to.
+        where: rows and positions (n,) whose output alone is wanted, (n, width).
         """
         modulation = self.adaLN_modulation(conditioning)[:, None].chunk(6, dim=-1)
-        shift_attention, scale_attention, gate_attention, shift_mlp, scale_mlp, gate_mlp = modulation
+        shift_attention, scale_attention, gate_attention, *after = modulation
         normed = _modulate(self.norm1(x), shift_attention, scale_attention)
         attended = self._attend(normed, rotary, attention_mask, store)
-        x = x + gate_attention * self._drop(attended)
+        if where is not None:
+            x, attended = x[where], attended[where]
+            gate_attention, *after = (part[where[0], 0] for part in (gate_attention, *after))
+        shift_mlp, scale_mlp, gate_mlp = after
+        x = x + gate_attention * self._drop(self.attn_out(attended))
         return x + gate_mlp * self._drop(self.mlp(_modulate(self.norm2(x), shift_mlp, scale_mlp)))
 
     def _attend(
         self, x: Tensor, rotary: tuple[Tensor, Tensor], attention_mask: Tensor | None, store: Store | None
     ) -> Tensor:
+        """What the heads gather, (batch, length, width); `attn_out` is still to come."""
         batch, length, width = x.shape
         heads = self.attn_qkv(x).view(batch, length, 3, self.heads, width // self.heads)
         query, key, value = heads.permute(2, 0, 3, 1, 4).unbind(0)  # each (batch, heads, length, head width)
@@ -147,7 +154,7 @@ class MDLMBlock(nn.Module):
         if store is not None:
             key, value = store(key, value)
         out = F.scaled_dot_product_attention(query, key, value, attn_mask=attention_mask)
-        return self.attn_out(out.transpose(1, 2).reshape(batch, length, width))
+        return out.transpose(1, 2).reshape(batch, length, width)
 
     def _drop(self, x: Tensor) -> Tensor:
         return F.dropout(x, self.dropout, self.training)
@@ -160,13 +167,19 @@ class _OutputLayer(nn.Module):
         self.linear = nn.Linear(config.hidden_dim, config.vocab_size)
         self.adaLN_modulation = nn.Linear(config.cond_dim, 2 * config.hidden_dim)
 
-    def states(self, x: Tensor, conditioning: Tensor) -> Tensor:
-        """What `linear` makes logits of."""
-        shift, scale = self.adaLN_modulation(conditioning)[:, None].chunk(2, dim=-1)
+    def states(self, x: Tensor, conditioning: Tensor, rows: Tensor | None = None) -> Tensor:
+        """What `linear` makes logits of. rows: of which each x (n, width) is; without them, x has the batch's."""
+        halves = self.adaLN_modulation(conditioning).chunk(2, dim=-1)
+        shift, scale = (half[:, None] if rows is None else half[rows] for half in halves)
         return _modulate(self.norm_final(x), shift, scale)
 
     def forward(self, x: Tensor, conditioning: Tensor) -> Tensor:
         return self.linear(self.states(x, conditioning))
+
+
+def _bare(block: nn.Module) -> bool:
+    """Whether nothing is in the way of the block's own forward."""
+    return type(block) is MDLMBlock and not any(map(watched, block.modules()))
 
 
 class MDLM(PreTrainedModel):
@@ -247,11 +260,29 @@ class MDLM(PreTrainedModel):
         rotary = self._rotary(begin, input_ids.shape[1], x.device)
         if attention_mask is not None and attention_mask.ndim == 2:
             attention_mask = attention_mask.bool()[:, None, None, :]
-        for number, block in enumerate(self.blocks):
-            # without a cache blocks see no argument for it, so that stand-ins and hooks see the same call as ever
-            store = {} if past_key_values is None else {"store": partial(past_key_values.update, layer_idx=number)}
-            x = block(x, rotary, conditioning, attention_mask, **store)
-        return kept(self.output_layer.states(x, conditioning), where)
+        narrowed = self.narrows(where)
+        with quickly(narrowed and all(map(_bare, self.blocks))):
+            for number, block in enumerate(self.blocks):
+                # without a cache blocks see no argument for it, so that stand-ins and hooks see the same call as ever
+                more: Any = {}
+                if past_key_values is not None:
+                    more["store"] = partial(past_key_values.update, layer_idx=number)
+                if narrowed and number == len(self.blocks) - 1:
+                    more["where"] = where
+                x = block(x, rotary, conditioning, attention_mask, **more)
+        if not narrowed:
+            return kept(self.output_layer.states(x, conditioning), where)
+        return self.output_layer.states(x, conditioning, cast(Places, where)[0])
+
+    def narrows(self, where: Where | int | None) -> bool:
+        """Whether `states` at `where` would run the last block there alone, behind its keys and values."""
+        wanted = isinstance(where, tuple) and not torch.is_grad_enabled()
+        return wanted and len(self.blocks) > 0 and _bare(self.blocks[-1])
+
+    def spared(self, rows: int, keys: int) -> int:
+        """FLOPs that this spares for every other position."""
+        last: Any = self.blocks[-1]
+        return 2 * sum(part.weight.numel() for part in (last.attn_out, last.mlp[0], last.mlp[2]))
 
     @property
     def head(self) -> nn.Module:
@@ -262,5 +293,5 @@ class MDLM(PreTrainedModel):
         width = self.config.hidden_dim // self.config.n_heads
         rates = ROTARY_BASE ** (-torch.arange(0, width, 2, device=device, dtype=torch.float32) / width)
         angles = torch.outer(torch.arange(begin, begin + length, device=device, dtype=torch.float32), rates)
-        angles = torch.cat([angles, angles], dim=-1)
-        return angles.cos(), angles.sin()
+        sine = angles.sin()  # the first half of a head is turned against the second
+        return angles.cos().repeat(1, 2), torch.cat([-sine, sine], dim=-1)

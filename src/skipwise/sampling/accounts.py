@@ -1,15 +1,18 @@
 """What forwards took, by model: FLOPs by formula, of the forwards that were really made.
 
-The head is counted for the positions that it ran on, which are those that a token could be committed at.
+The head is counted for the positions that it ran on, which are those that a token could be committed at; so is what a
+model's last block runs for these alone.
 """
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, fields
 from functools import cache
+from typing import Any, cast
 
 from skipwise.cost import Price, Prices, price_blocks
 from skipwise.examples import Size
 from skipwise.sampling.denoiser import Denoiser, Forward
+from skipwise.skipping import whole
 
 
 @dataclass(frozen=True)
@@ -32,18 +35,29 @@ class Share:
 Shares = dict[str | None, Share]  # by the name that the plan gives a model; None is the plan's own
 
 
-def shares(forwards: Iterable[Forward], prices_of: Callable[[str | None, int], Prices]) -> Shares:
-    """The share of each model that ran. prices_of: a model's name and a number of tokens -> its prices for one row."""
+def shares(
+    forwards: Iterable[Forward],
+    prices_of: Callable[[str | None, int], Prices],
+    spared_by: Callable[[str | None, Forward], int] = lambda name, forward: 0,
+) -> Shares:
+    """The share of each model that ran. prices_of: a model's name and a number of tokens -> its prices for one row;
+    spared_by: its name and a forward -> FLOPs that its last block was spared in that.
+    """
     found: Shares = {}
     prices_of = cache(prices_of)
+
+    @cache  # a generation has many forwards and few kinds of them
+    def of_blocks(name: str | None, tokens: int, *gone: tuple[tuple[str, frozenset[int]], ...]) -> Price:
+        return prices_of(name, tokens).of_blocks(*map(dict, gone))
+
     for forward in forwards:
-        name, cut, rows = forward.running.model, forward.running.cut, forward.rows
-        prices, gone = prices_of(name, forward.tokens), (cut.skipped, cut.linear)
-        blocks = rows * _attending(forward, prices.of_blocks(*gone))
-        all_in = blocks + _outside(forward, prices)
-        own = prices_of(None, forward.tokens)
-        whole = rows * _attending(forward, own.of_blocks()) + _outside(forward, own)
-        found[name] = found.get(name, Share()) + Share(1, rows, blocks, all_in, whole)
+        name, tokens, cut, rows = forward.running.model, forward.tokens, forward.running.cut, forward.rows
+        price = of_blocks(name, tokens, tuple(cut.skipped.items()), tuple(cut.linear.items()))
+        blocks = rows * _attending(forward, price) - spared_by(name, forward)
+        all_in = blocks + _outside(forward, prices_of(name, tokens))
+        uncut = rows * _attending(forward, of_blocks(None, tokens)) - spared_by(None, forward)
+        uncut += _outside(forward, prices_of(None, tokens))
+        found[name] = found.get(name, Share()) + Share(1, rows, blocks, all_in, uncut)
     return found
 
 
@@ -65,4 +79,18 @@ def _outside(forward: Forward, prices: Prices) -> int:
 
 def account(denoiser: Denoiser) -> Shares:
     """The share of each model that a denoiser ran."""
-    return shares(denoiser.forwards, lambda name, tokens: price_blocks(denoiser.named(name), Size(tokens=tokens)))
+
+    def prices(name: str | None, tokens: int) -> Prices:
+        return price_blocks(denoiser.named(name), Size(tokens=tokens))
+
+    @cache
+    def each(name: str | None, rows: int, keys: int) -> int:
+        model = cast(Any, denoiser.named(name))
+        with whole(model):  # a plan may skip all blocks by now
+            return model.spared(rows, keys)
+
+    def spared(name: str | None, forward: Forward) -> int:
+        unwanted = forward.rows * forward.tokens - (forward.predicted or 0)
+        return unwanted * each(name, forward.rows, forward.keys) if forward.narrowed else 0
+
+    return shares(denoiser.forwards, prices, spared)

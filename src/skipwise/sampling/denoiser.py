@@ -44,7 +44,8 @@ class Forward:
     """One call of a model as it happened: what ran, how many sequences it saw, and of how many tokens each.
 
     predicted: positions, of all rows together, that logits were made for; None is every one. length: of the sequences,
-    whose other positions were stored, if that is more than the tokens that ran (`skipwise.sampling.cache`).
+    whose other positions were stored, if that is more than the tokens that ran (`skipwise.sampling.cache`). narrowed:
+    whether the last block, too, ran for the predicted positions alone (`skipwise.models.lean`).
     """
 
     running: Running
@@ -52,6 +53,7 @@ class Forward:
     tokens: int
     predicted: int | None = None
     length: int | None = None
+    narrowed: bool = False
 
     @property
     def keys(self) -> int:
@@ -144,7 +146,8 @@ class Denoiser:
             stored = windows.next(length, running, cast(Any, model).shift)
             inputs, where = inputs[:, stored.window], stored.local(where)
             others = {**others, "past_key_values": stored}
-        head = head_of(model) if where is not None or self.compiled else None
+        head = head_of(model)
+        narrowed = head is not None and not self.compiled and cast(Any, model).narrows(where)
         if self.compiled:
             states = kept(self.compiled.states(model, running.cut, inputs, attention_mask, others), where)
         elif head is not None:
@@ -155,7 +158,7 @@ class Denoiser:
         words = states.shape[-1] if head is None else cast(Any, model.config).vocab_size
         prediction = Prediction(states, head or _as_it_is, words)
         predicted = None if head is None else prediction.states.shape[:-1].numel()
-        self.forwards.append(Forward(running, inputs.shape[0], inputs.shape[1], predicted, length))
+        self.forwards.append(Forward(running, inputs.shape[0], inputs.shape[1], predicted, length, narrowed))
         return prediction
 
     def border(self, progress: float) -> float:

@@ -70,8 +70,10 @@ def decode(
     canvas = Canvas.open(input_ids, attention_mask, denoiser.mask_token, settings.gen_length)
     steps = settings.steps or canvas.most
     _apply_tokens_hook(canvas, settings, None, None)
-    if settings.tokens_hook is not None or settings.logits_hook is not None or settings.compat:
+    if settings.tokens_hook is not None or settings.logits_hook is not None:
         _whole(denoiser, canvas, settings, steps)
+    elif settings.compat:
+        _as_officially(denoiser, canvas, settings, steps)
     else:
         rule = _Plain(settings, canvas, steps)
         for i in range(steps):
@@ -82,16 +84,31 @@ def decode(
 
 
 def _whole(denoiser: Denoiser, canvas: Canvas, settings: DreamSettings, steps: int) -> None:
-    """Every step, with the logits of all positions: for hooks, who may look at and change anything, and for compat."""
+    """Every step, with the logits of all positions: for hooks, who may look at and change anything."""
     rule = (_Official if settings.compat else _Plain)(settings, canvas, steps)
     for i in range(steps):
         logits = denoiser(canvas.step(i, steps), canvas.sequences, canvas.attention_mask)
         if settings.logits_hook is not None:
             logits = settings.logits_hook(i, canvas.sequences, logits)
-        rule.commit(i, logits)
+        if isinstance(rule, _Official):
+            masked = canvas.sequences == canvas.mask
+            rule.commit(i, logits[masked], masked)
+        else:
+            rule.commit(i, logits)
         _apply_tokens_hook(canvas, settings, i, logits)
         if canvas.finished(settings.eos_token_id):
             return
+
+
+def _as_officially(denoiser: Denoiser, canvas: Canvas, settings: DreamSettings, steps: int) -> None:
+    """The official commits, which look at the logits of masked positions alone."""
+    rule = _Official(settings, canvas, steps)
+    for i in range(steps):
+        masked = canvas.sequences == canvas.mask
+        rows, positions = masked.nonzero(as_tuple=True)
+        if len(rows):  # the official code runs on over filled sequences, which changes nothing
+            logits = denoiser(canvas.step(i, steps), canvas.sequences, canvas.attention_mask, (rows, positions))
+            rule.commit(i, logits, masked)
 
 
 def _apply_tokens_hook(canvas: Canvas, settings: DreamSettings, step: int | None, logits: Tensor | None) -> None:
@@ -226,20 +243,21 @@ class _Official:
         self.times = torch.linspace(1, settings.eps, steps + 1)
         self.generator = torch.Generator(canvas.sequences.device).manual_seed(settings.seed)
 
-    def commit(self, step: int, logits: Tensor) -> None:
-        """Commit the tokens of a step; logits (batch, length, vocabulary) in the model's own dtype."""
+    def commit(self, step: int, logits: Tensor, masked: Tensor) -> None:
+        """Commit the tokens of a step; logits (n, vocabulary) of what is masked (batch, length), in the model's own
+        dtype.
+        """
         settings, sequences = self.settings, self.canvas.sequences
-        masked = sequences == self.canvas.mask
         last = step == self.steps - 1
         part = torch.tensor(1.0) if last else 1 - self.times[step + 1] / self.times[step]
         if settings.alg == "origin":
             found = torch.full_like(sequences[masked], self.canvas.mask)
             draws = torch.rand(found.shape, generator=self.generator, device=found.device)
             transfer = draws < part
-            found[transfer] = self._sample(logits[masked][transfer])[1]
+            found[transfer] = self._sample(logits[transfer])[1]
             sequences[masked] = found
             return
-        confidence, found = self._sample(logits[masked])
+        confidence, found = self._sample(logits)
         mean = masked.sum() / len(sequences)
         count = int(mean * part)
         if count > 0:
