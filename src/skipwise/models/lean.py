@@ -19,6 +19,8 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.models.llama import modeling_llama as llama
 from transformers.models.qwen2 import modeling_qwen2 as qwen2
 
+from skipwise.models.linear import product, watched
+
 Rotary = tuple[Tensor, Tensor]  # cosine and sine, (1, length, head width) each
 Places = tuple[Tensor, Tensor]  # rows (n,) and positions (n,)
 
@@ -116,11 +118,6 @@ def spared(trunk: Any, rows: int, keys: int) -> int:
     return scores + 2 * sum(part.weight.numel() for part in parts)
 
 
-def watched(module: nn.Module) -> bool:
-    """Whether a call of the module does more than its class says."""
-    return bool(module._forward_hooks or module._forward_pre_hooks or "forward" in module.__dict__)
-
-
 def _is(module: Any, kinds: tuple[type, ...]) -> bool:
     return type(module) in kinds and not watched(module)
 
@@ -146,9 +143,10 @@ def _block(
 ) -> Tensor:
     """What the layer makes of its stream (rows, length, width); at `where` alone, (n, width)."""
     attended = _attend(parts, _norm(parts.first_norm, x), rotary, mask, past, where)
-    x = attended + (x if where is None else x[where])
+    x = attended.add_(x if where is None else x[where])
     normed = _norm(parts.second_norm, x)
-    return x + _linear(parts.down, parts.activation(_linear(parts.gate, normed)) * _linear(parts.up, normed))
+    hidden = parts.activation(_linear(parts.gate, normed)).mul_(_linear(parts.up, normed))
+    return _linear(parts.down, hidden).add_(x)
 
 
 def _attend(
@@ -172,7 +170,7 @@ def _attend(
 
 def _linear(module: nn.Linear, x: Tensor) -> Tensor:
     held: Any = module._parameters
-    return F.linear(x, held["weight"], held["bias"])
+    return product(x, held["weight"], held["bias"])
 
 
 def _norm(module: Any, x: Tensor) -> Tensor:

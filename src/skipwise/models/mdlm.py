@@ -17,7 +17,8 @@ from transformers import Cache, PreTrainedConfig, PreTrainedModel
 from transformers.modeling_outputs import MaskedLMOutput
 
 from skipwise.models.bidirectional import Where, kept
-from skipwise.models.lean import Places, quickly, watched
+from skipwise.models.lean import Places, quickly
+from skipwise.models.linear import linear, watched
 from skipwise.models.official import check_official
 
 FREQUENCIES = 256  # of the sinusoidal embedding of sigma
@@ -97,7 +98,7 @@ class _SigmaEmbedding(nn.Module):
 
 
 def _modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
-    return x * (1 + scale) + shift
+    return torch.addcmul(shift, x, 1 + scale)
 
 
 def _rotate(x: Tensor, cosine: Tensor, sine: Tensor) -> Tensor:
@@ -140,24 +141,26 @@ class MDLMBlock(nn.Module):
             x, attended = x[where], attended[where]
             gate_attention, *after = (part[where[0], 0] for part in (gate_attention, *after))
         shift_mlp, scale_mlp, gate_mlp = after
-        x = x + gate_attention * self._drop(self.attn_out(attended))
-        return x + gate_mlp * self._drop(self.mlp(_modulate(self.norm2(x), shift_mlp, scale_mlp)))
+        x = torch.addcmul(x, gate_attention, self._drop(linear(self.attn_out, attended)))
+        up, activation, down = self.mlp
+        hidden = activation(linear(up, _modulate(self.norm2(x), shift_mlp, scale_mlp)))
+        return torch.addcmul(x, gate_mlp, self._drop(linear(down, hidden)))
 
     def _attend(
         self, x: Tensor, rotary: tuple[Tensor, Tensor], attention_mask: Tensor | None, store: Store | None
     ) -> Tensor:
         """What the heads gather, (batch, length, width); `attn_out` is still to come."""
         batch, length, width = x.shape
-        heads = self.attn_qkv(x).view(batch, length, 3, self.heads, width // self.heads)
-        query, key, value = heads.permute(2, 0, 3, 1, 4).unbind(0)  # each (batch, heads, length, head width)
-        query, key = (_rotate(t.float(), *rotary).to(x.dtype) for t in (query, key))
+        heads = linear(self.attn_qkv, x).view(batch, length, 3, self.heads, width // self.heads)
+        heads = heads.permute(2, 0, 3, 1, 4)  # (3, batch, heads, length, head width)
+        (query, key), value = _rotate(heads[:2].float(), *rotary).to(x.dtype).unbind(0), heads[2]
         if store is not None:
             key, value = store(key, value)
         out = F.scaled_dot_product_attention(query, key, value, attn_mask=attention_mask)
         return out.transpose(1, 2).reshape(batch, length, width)
 
     def _drop(self, x: Tensor) -> Tensor:
-        return F.dropout(x, self.dropout, self.training)
+        return F.dropout(x, self.dropout) if self.training else x
 
 
 class _OutputLayer(nn.Module):
@@ -179,7 +182,9 @@ class _OutputLayer(nn.Module):
 
 def _bare(block: nn.Module) -> bool:
     """Whether nothing is in the way of the block's own forward."""
-    return type(block) is MDLMBlock and not any(map(watched, block.modules()))
+    parts, mlp = block._modules, block._modules.get("mlp")
+    inner = () if mlp is None else mlp._modules.values()
+    return type(block) is MDLMBlock and not any(map(watched, (block, *parts.values(), *inner)))
 
 
 class MDLM(PreTrainedModel):

@@ -3,12 +3,14 @@
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, cast
 
 from torch import Tensor, nn
 
 from skipwise.models import head_of, mask_token
 from skipwise.models.bidirectional import Where, kept
+from skipwise.models.linear import linear
 from skipwise.plan import Plan
 from skipwise.sampling.cache import Windows
 from skipwise.sampling.compiling import Compiled
@@ -156,7 +158,7 @@ class Denoiser:
         else:
             states = kept(model(input_ids=inputs, attention_mask=attention_mask, **others).logits, where)
         words = states.shape[-1] if head is None else cast(Any, model.config).vocab_size
-        prediction = Prediction(states, head or _as_it_is, words)
+        prediction = Prediction(states, partial(linear, head) if head else _as_it_is, words)
         predicted = None if head is None else prediction.states.shape[:-1].numel()
         self.forwards.append(Forward(running, inputs.shape[0], inputs.shape[1], predicted, length, narrowed))
         return prediction
