@@ -1,33 +1,26 @@
 """Is decoding faster than the official loops, and does what a plan saves in FLOPs arrive as seconds?
 
-Every row is two things on the same weights and prompts, run in turns in one process, the order alternating: `plain`,
-mostly a transcription of the official loop (official_loops.py), and `ours`. The figure is the median over the pairs of
-plain seconds / our seconds, above 1 when ours is faster, with its 95% bootstrap interval (of fewer than 6 pairs the
-extremes); beside it the share of new tokens that are equal. The first pair is not counted. Sections:
+Every row is two things on the same weights and prompts, run in turns in one process, the order alternating (pairs.py):
+`plain`, mostly a transcription of the official loop (official_loops.py), and `ours`. Sections:
 
 - zoo: the embedded models, batches of task prompts, padded and not.
 - shapes: models of published vocabularies and heads with random weights: 8 blocks of width 512. Steps are fewer than
   tokens, or the official loop would take hours: what a step costs does not depend on how many tokens it commits.
+- exact: each trick of exact decoding alone, with all but it against all (tricks.py).
 - plan: the LLaDA shape under a plan without 2 of its 8 blocks, against the same mode without it.
 - modes: approximate decoding against exact decoding.
 - others: reading states for an analysis; block evaluations of the greedy planner, counted.
 
-    python benchmarks/speed.py --compile -o docs/results/speed.json    # all; an estimated 20 minutes of two cores
+    python benchmarks/speed.py --compile -o docs/results/speed.json    # all; about 10 minutes of two idle cores
     python benchmarks/speed.py --quick                                 # small models, one pair: does it run?
 docs/results/speed.md is made of the JSON by speed_page.py. The last line of stdout is the JSON.
 """
 
-import os
-
-os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-
 import argparse
 import json
-import statistics
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
 from functools import partial
 from itertools import product
 from pathlib import Path
@@ -36,124 +29,26 @@ from typing import Any
 import torch
 from analyze_overhead import embedded, llama
 from analyze_overhead import measure as measure_analysis
-from official_loops import LOOPS
-from torch import Tensor, nn
+from pairs import Prompts, Row, Turns, compare, facts_of, official, ours, said
+from subjects import dream_shape, llada_shape, mdlm_shape, random_prompts, zoo_prompts
+from tricks import exact
 
 import skipwise as sw
 from skipwise.benchmarking.machine import machine
 from skipwise.benchmarking.modes import caches as cache_settings
-from skipwise.benchmarking.timing import in_turns, ratio, timed
 from skipwise.blocks import find_contract
 from skipwise.calibration import Calibration
 from skipwise.cost import estimate, price_blocks
 from skipwise.evaluation import calibration_texts
 from skipwise.examples import Size
 from skipwise.files import write_atomically
-from skipwise.models import LLaDA
-from skipwise.models.dream import DreamConfig, DreamModel
-from skipwise.models.mdlm import MDLM, MDLMConfig
-from skipwise.models.random import random_model
 from skipwise.plan import Plan
 from skipwise.planners.greedy import Search
-from skipwise.sampling import FAMILIES
 
-Row = dict[str, Any]
-WIDTH, LAYERS, SKIPPED = 512, 8, (3, 5)  # of the shapes; a quarter of the blocks
-
-
-@dataclass(frozen=True)
-class Run:
-    """One way to decode: its name, and a call that gives (batch, length)."""
-
-    name: str
-    call: Callable[[], Tensor]
-
-
-@dataclass(frozen=True)
-class Prompts:
-    """input_ids (batch, prompt) and, where rows are padded on the left, their mask."""
-
-    ids: Tensor
-    mask: Tensor | None = None
-
-
-@dataclass(frozen=True)
-class Turns:
-    """How often two things are measured, how often before that, and by which clock."""
-
-    pairs: int
-    warmup: int
-    clock: Callable[[], float] = time.perf_counter
-
-    @classmethod
-    def of(cls, options: argparse.Namespace, pairs: int, warmup: int = 1) -> "Turns":
-        """`pairs`, unless another number was asked for."""
-        clock = time.process_time if options.cpu_time else time.perf_counter
-        return cls(options.pairs or pairs, warmup, clock)
-
-
-def compare(plain: Run, ours: Sequence[Run], turns: Turns, facts: Row) -> Iterator[Row]:
-    """A row for each of ours, all in the same rounds as `plain`; `facts` are what they have in common."""
-    tokens = {}
-
-    def run(which: Run) -> None:
-        tokens[which.name] = which.call()[:, facts["prompt"] :]
-
-    calls = {which.name: partial(run, which) for which in (plain, *ours)}
-    seconds = in_turns(calls, turns.pairs, turns.warmup, partial(timed, clock=turns.clock))
-    for name in (which.name for which in ours):
-        row = {
-            **facts,
-            "plain": plain.name,
-            "ours": name,
-            **ratio(seconds[plain.name], seconds[name]).rounded(),
-            "plain_seconds": round(statistics.median(seconds[plain.name]), 4),
-            "our_seconds": round(statistics.median(seconds[name]), 4),
-            "equal_tokens": round(float((tokens[plain.name] == tokens[name]).double().mean()), 4),
-        }
-        yield row
-
-
-def said(row: Row) -> str:
-    """A row in one line."""
-    if "ours" in row:
-        return "{model}, {batch} x {prompt}+{gen}: {ours} {ratio} times as fast as {plain}".format(**row)
-    return "{model}: {ratio}, {what}".format(**row)
-
-
-def official(model: nn.Module, family: str, prompts: Prompts, settings: dict[str, Any]) -> Run:
-    """The official loop."""
-    chosen = FAMILIES[family].settings(**settings)
-    return Run(f"official {family} loop", lambda: LOOPS[family](model, prompts.ids, prompts.mask, chosen))
-
-
-def ours(name: str, model: nn.Module, prompts: Prompts, **settings: Any) -> Run:
-    """`skipwise.generate`."""
-    settings = {"stop_at_eos": False, **settings}
-    call = partial(sw.generate, model, prompts.ids, attention_mask=prompts.mask, **settings)
-    return Run(name, lambda: call().sequences)
-
-
-def facts_of(name: str, prompts: Prompts, gen: int, steps: int) -> Row:
-    batch, prompt = prompts.ids.shape
-    padded = prompts.mask is not None
-    return {"model": name, "batch": batch, "prompt": prompt, "gen": gen, "steps": steps, "padded": padded}
+SKIPPED = (3, 5)  # of the shapes' 8 blocks, a quarter
 
 
 # The embedded models
-
-
-def zoo_prompts(tokenizer: Any, batch: int, padded: bool, length: int = 9) -> Prompts:
-    """Prompts of `length` tokens; padded: row r lacks its first r tokens, up to five."""
-    texts = ["".join(text) for text in calibration_texts(tokenizer, max(batch, 8))][:batch]
-    ids = torch.tensor([tokenizer(text)["input_ids"][:length] for text in texts])
-    if not padded:
-        return Prompts(ids)
-    mask = torch.ones_like(ids)
-    for row in range(batch):
-        mask[row, : row % 6] = 0
-    return Prompts(ids.masked_fill(mask == 0, 0), mask)
-
 
 # how each family is decoded: the official loop's settings, and ours that are to give its tokens
 GREEDY = {
@@ -207,37 +102,6 @@ def _zoo(options: argparse.Namespace) -> Iterator[Row]:
 
 
 # Published shapes, small
-
-
-def llada_shape(quick: bool) -> Any:
-    return LLaDA.from_dims(
-        width=64 if quick else WIDTH, layers=LAYERS, heads=8, mlp=96 if quick else 1536, vocab=999 if quick else 126464
-    )
-
-
-def dream_shape(quick: bool) -> Any:
-    config = DreamConfig(
-        hidden_size=64 if quick else WIDTH,
-        num_hidden_layers=LAYERS,
-        num_attention_heads=8,
-        num_key_value_heads=2,
-        intermediate_size=96 if quick else 1536,
-        vocab_size=999 if quick else 152064,
-        mask_token_id=998 if quick else 151666,
-        eos_token_id=None,
-        pad_token_id=None,
-        bos_token_id=None,
-    )
-    return random_model(DreamModel, config)
-
-
-def mdlm_shape(quick: bool) -> Any:
-    sizes = {"hidden_dim": 64 if quick else WIDTH, "n_blocks": LAYERS, "n_heads": 8}
-    return random_model(MDLM, MDLMConfig(vocab_size=999 if quick else 50258, **sizes))
-
-
-def random_prompts(batch: int, length: int) -> Prompts:
-    return Prompts(torch.randint(900, (batch, length), generator=torch.Generator().manual_seed(0)))
 
 
 # shape -> builder, and (batch, prompt, new tokens, steps) of its rows
@@ -354,7 +218,7 @@ def greedy(name: str, skip: int, texts: int) -> Row:
     return row
 
 
-SECTIONS = {"zoo": zoo, "shapes": shapes, "plan": plan, "modes": modes, "others": others}
+SECTIONS = {"zoo": zoo, "shapes": shapes, "exact": exact, "plan": plan, "modes": modes, "others": others}
 
 
 def main() -> None:

@@ -39,13 +39,13 @@ def run(script: str, *arguments: str) -> str:
 def test_speed_compares_what_gives_the_same_tokens(quick: Path) -> None:
     """Every section has rows; what claims the official loop's tokens has them; a quarter of the blocks is a quarter."""
     sections = json.loads(quick.read_text(encoding="utf-8"))["sections"]
-    assert all(sections[name] for name in ("zoo", "shapes", "plan", "modes", "others"))
-    for row in (*sections["zoo"], *sections["shapes"], *sections["modes"]):
+    assert all(sections[name] for name in ("zoo", "shapes", "exact", "plan", "modes", "others"))
+    for row in (*sections["zoo"], *sections["shapes"], *sections["exact"], *sections["modes"]):
         assert row["low"] <= row["ratio"] <= row["high"]
         assert row["ratio"] == pytest.approx(row["plain_seconds"] / row["our_seconds"], rel=0.05)
     same = [row for row in (*sections["zoo"], *sections["shapes"]) if row["ours"] == "same tokens"]
     assert {row["plain"] for row in same} == {f"official {name} loop" for name in ("llada", "dream", "mdlm")}
-    assert all(row["equal_tokens"] == 1 for row in same)
+    assert all(row["equal_tokens"] == 1 for row in (*same, *sections["exact"]))
     assert all(row["left_block_flops"] == pytest.approx(0.75) for row in sections["plan"])
     assert all(row["evaluated"] < row["naive"] for row in sections["others"] if "naive" in row)
 
@@ -57,7 +57,7 @@ def test_the_page_is_made_of_the_json_alone(quick: Path, tmp_path: Path) -> None
     assert "no measurement" in text
     for row in (*result["sections"]["zoo"], *result["sections"]["shapes"]):
         assert f"| {row['plain_seconds']} | {row['our_seconds']} |" in text
-    assert len([line for line in text.splitlines() if line.startswith("| ")]) == 2 * 5 + sum(
+    assert len([line for line in text.splitlines() if line.startswith("| ")]) == 2 * 6 + sum(
         map(len, result["sections"].values())
     )
 

@@ -3,7 +3,7 @@
 In float32 torch hands matrix products to Intel's MKL, which uses AVX-512 on Intel's own processors alone. oneDNN, which
 torch carries along and uses in half precision, uses it wherever it is: on an AMD EPYC products of 512 x 512 and larger
 take 45% of MKL's time, and the few rows that a head is asked for, against a whole vocabulary, a sixth to a half
-(`python benchmarks/linear.py`).
+(`python benchmarks/products.py`).
 """
 
 import platform
