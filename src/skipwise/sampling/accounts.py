@@ -1,7 +1,8 @@
 """What forwards took, by model: FLOPs by formula, of the forwards that were really made.
 
-The head is counted for the positions that it ran on, which are those that a token could be committed at; so is what a
-model's last block runs for these alone.
+The head is counted for the positions that it ran on, which are those that a token could be committed at. Blocks are
+counted whole, so that a plan saves the same fraction of them however it is decoded; what the last one was spared is
+told apart.
 """
 
 from collections.abc import Callable, Iterable
@@ -19,7 +20,8 @@ from skipwise.skipping import whole
 class Share:
     """forwards: calls; rows: sequences that they saw; FLOPs of the blocks alone and of all; whole_all_in_flops: what
     the same forwards of the plan's own model, with logits at the same positions, would have taken with no block
-    skipped.
+    skipped; spared_flops: of the blocks' FLOPs, those that were not taken, as the last block ran for some positions
+    alone (`skipwise.models.lean`).
     """
 
     forwards: int = 0
@@ -27,6 +29,7 @@ class Share:
     block_flops: int = 0
     all_in_flops: int = 0
     whole_all_in_flops: int = 0
+    spared_flops: int = 0
 
     def __add__(self, other: "Share") -> "Share":
         return Share(*(getattr(self, f.name) + getattr(other, f.name) for f in fields(Share)))
@@ -53,11 +56,11 @@ def shares(
     for forward in forwards:
         name, tokens, cut, rows = forward.running.model, forward.tokens, forward.running.cut, forward.rows
         price = of_blocks(name, tokens, tuple(cut.skipped.items()), tuple(cut.linear.items()))
-        blocks = rows * _attending(forward, price) - spared_by(name, forward)
+        blocks = rows * _attending(forward, price)
         all_in = blocks + _outside(forward, prices_of(name, tokens))
-        uncut = rows * _attending(forward, of_blocks(None, tokens)) - spared_by(None, forward)
-        uncut += _outside(forward, prices_of(None, tokens))
-        found[name] = found.get(name, Share()) + Share(1, rows, blocks, all_in, uncut)
+        uncut = rows * _attending(forward, of_blocks(None, tokens)) + _outside(forward, prices_of(None, tokens))
+        taken = Share(1, rows, blocks, all_in, uncut, spared_by(name, forward))
+        found[name] = found.get(name, Share()) + taken
     return found
 
 

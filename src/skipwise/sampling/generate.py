@@ -30,7 +30,8 @@ class Statistics:
     forwards: calls of a model; block_flops: in the blocks alone; all_in_flops: head and attention included;
     whole_all_in_flops: what the same forwards of the plan's own model would have taken with no block skipped; seconds:
     measured wall-clock; warmup_seconds: what compiling took before that, 0 where it was compiled already or not at all.
-    by_model: the share of every model that a plan's phases name, None is the plan's own.
+    by_model: the share of every model that a plan's phases name, None is the plan's own. spared_flops: of the blocks'
+    FLOPs, those that were not taken: blocks are counted whole, and the last one runs where states are wanted alone.
     """
 
     forwards: int
@@ -40,6 +41,7 @@ class Statistics:
     seconds: float
     by_model: Mapping[str | None, Share] = field(default_factory=dict)
     warmup_seconds: float = 0.0
+    spared_flops: int = 0
 
 
 @dataclass(frozen=True)
@@ -184,7 +186,9 @@ def _diffuse(
     total = sum(shares.values(), Share())
     flops = total.block_flops, total.all_in_flops, total.whole_all_in_flops
     warmup = denoiser.compiled.seconds if denoiser.compiled else 0.0
-    return Generated(sequences, Statistics(total.forwards, *flops, seconds - warmup, shares, warmup))
+    return Generated(
+        sequences, Statistics(total.forwards, *flops, seconds - warmup, shares, warmup, total.spared_flops)
+    )
 
 
 def _synchronize(device: torch.device) -> None:
