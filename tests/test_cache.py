@@ -1,6 +1,7 @@
 """Caches for block-wise decoding: where they are exact, what they run, and what they refuse."""
 
 import itertools
+from collections.abc import Sequence
 from typing import Any
 
 import pytest
@@ -14,7 +15,7 @@ from skipwise.cost import Meter
 from skipwise.errors import UserError
 from skipwise.plan import Phase, Plan
 from skipwise.sampling import Denoiser, LLaDASettings, agreement
-from skipwise.sampling.cache import KINDS, Kind, Windows
+from skipwise.sampling.cache import KINDS, Kind, Masks, Windows
 from skipwise.sampling.denoiser import denoising
 from skipwise.sampling.llada import decode as llada_decode
 from skipwise.zoo.tasks import PROMPT_LENGTH, distinct_examples
@@ -58,11 +59,24 @@ def half_written(padding: bool) -> tuple[Tensor, Tensor | None]:
     return torch.cat([tokens, text], dim=1), mask
 
 
+def keep(windows: Windows, rows: Sequence[int], tokens: Tensor) -> None:
+    """Go on with these rows, as the sampler does. tokens: theirs."""
+    masked = tokens[: len(rows), : windows.block.stop] == MASK
+    windows.keep(rows, Masks(masked, masked.sum(1).tolist()))
+
+
 @torch.no_grad()
 def run(model: nn.Module, windows: Windows, tokens: Tensor, mask: Tensor | None) -> Tensor:
     """Logits of a window as the cache asks for it."""
-    stored = windows.next(tokens.shape[1], None, model.shift)
-    return model.head(model.states(tokens[:, stored.window], mask, past_key_values=stored))
+    stored = windows.next(tokens.shape, None, model.shift)
+    others = {"past_key_values": stored, "position_ids": stored.position_ids}
+    return model.head(model.states(stored.part(tokens), mask, **others))
+
+
+def ran(windows: Windows) -> list[list[int]]:
+    """The positions of the last forward, row by row."""
+    window = windows.stored.window
+    return window.tolist() if isinstance(window, Tensor) else [list(range(LENGTH)[window])]
 
 
 @pytest.mark.parametrize("padding", [False, True])
@@ -75,43 +89,52 @@ def test_a_window_right_after_a_refresh_gives_the_logits_of_the_whole(
     with sw.skip(model, plan_for(model, skipped)):
         windows = Windows(kind, PROMPT)
         windows.begin(slice(10, 14))
-        whole = run(model, windows, tokens, mask)
-        part = run(model, windows, tokens, mask)
-        window = windows.stored.window
-    assert window == slice(10 - model.shift, LENGTH if kind == "prefix" else 14)
+        for step in range(2):
+            keep(windows, range(3), tokens)
+            part = run(model, windows, tokens, mask)
+            whole = whole if step else part
+        (window,) = {tuple(row) for row in ran(windows)}
+    masks = (9, 10, 11, 12) if model.shift else (10, 12)
+    assert window == masks if kind == "delayed" else tuple(range(10 - model.shift, LENGTH if kind == "prefix" else 14))
     kept = whole[:, window][:, model.shift :]
     torch.testing.assert_close(part[:, model.shift :], kept, rtol=1e-4, atol=1e-5)
     assert torch.equal(part[:, model.shift :].argmax(-1), kept.argmax(-1))
 
 
+@pytest.mark.parametrize("kind", ["dual", "delayed"])
 @pytest.mark.parametrize("name", ["llada", "dream"])
-def test_another_kernel_gives_the_same(name: str) -> None:
+def test_another_kernel_gives_the_same(name: str, kind: Kind) -> None:
     model = ROWS[name]()
     tokens, mask = half_written(padding=True)
     found = []
     for kernel in ("sdpa", "eager"):
         model.set_attn_implementation(kernel)
-        windows = Windows("dual", PROMPT)
+        windows = Windows(kind, PROMPT)
         windows.begin(slice(10, 14))
-        run(model, windows, tokens, mask)
-        found.append(run(model, windows, tokens, mask)[:, model.shift :])
+        for _ in range(2):
+            keep(windows, range(3), tokens)
+            logits = run(model, windows, tokens, mask)
+        found.append(logits[:, model.shift :])
     torch.testing.assert_close(*found, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("kind", ["dual", "delayed"])
 @pytest.mark.parametrize("copies", [1, 2])
-def test_rows_that_are_dropped_leave_the_others_as_they_were(model: nn.Module, copies: int) -> None:
+def test_rows_that_are_dropped_leave_the_others_as_they_were(model: nn.Module, kind: Kind, copies: int) -> None:
     tokens, mask = (tensor.repeat(copies, 1) for tensor in half_written(padding=True))
-    windows = Windows("dual", PROMPT)
-    windows.keep(range(3))
+    windows = Windows(kind, PROMPT)
     windows.begin(slice(10, 14))
+    keep(windows, range(3), tokens)
     run(model, windows, tokens, mask)
     tokens[:, 10] = 9
-    whole = run(model, windows, tokens, mask)
+    for _ in range(2):  # "delayed" runs what was committed once more
+        keep(windows, range(3), tokens)
+        whole = run(model, windows, tokens, mask)
     rows = [copy * 3 + row for copy in range(copies) for row in (0, 2)]
-    windows.keep((0, 2))
+    keep(windows, (0, 2), tokens[rows])
     torch.testing.assert_close(run(model, windows, tokens[rows], mask[rows]), whole[rows], rtol=1e-4, atol=1e-5)
-    windows.keep((0, 1, 2))  # what came back is not stored
-    assert windows.next(LENGTH, None).window == slice(0, LENGTH)
+    keep(windows, range(3), tokens)  # what came back is not stored
+    assert windows.next(tokens.shape, None).window == slice(0, LENGTH)
 
 
 def decode(model: nn.Module, padding: bool = True, plan: Plan | None = None, **settings: Any) -> tuple[Tensor, list]:
@@ -122,7 +145,8 @@ def decode(model: nn.Module, padding: bool = True, plan: Plan | None = None, **s
         return llada_decode(denoiser, tokens, chosen, mask), denoiser.forwards
 
 
-EVERY = {"prefix": {"refresh": 1}, "dual": {"refresh": 1}, "interval": {"prompt_refresh": 1}}
+EVERY = {kind: {"prompt_refresh" if kind == "interval" else "refresh": 1} for kind in KINDS}
+BY_BLOCK = [kind for kind in KINDS if kind != "interval"]
 WAYS = ({}, {"threshold": 0.15}, {"steps": 6}, {"temperature": 1.0}, {"cfg_scale": 0.5}, {"block_length": 12})
 
 
@@ -148,7 +172,7 @@ def test_a_model_of_one_block_decodes_exactly(model: nn.Module, kind: Kind, way:
         assert sum(f.tokens for f in forwards) < sum(f.tokens for f in whole)
 
 
-@pytest.mark.parametrize("kind", ["prefix", "dual"])
+@pytest.mark.parametrize("kind", BY_BLOCK)
 @pytest.mark.parametrize("way", [{"block_length": 1}, {"steps": 3}], ids=str)
 def test_blocks_of_one_step_are_exact(model: nn.Module, kind: Kind, way: dict[str, Any]) -> None:
     exact, _ = decode(model, **way)
@@ -157,7 +181,7 @@ def test_blocks_of_one_step_are_exact(model: nn.Module, kind: Kind, way: dict[st
     assert all(f.tokens == f.keys for f in forwards)
 
 
-@pytest.mark.parametrize("kind", ["prefix", "dual"])
+@pytest.mark.parametrize("kind", BY_BLOCK)
 @pytest.mark.parametrize("way", [{}, {"threshold": 0.15}, {"refresh": 2}], ids=str)
 def test_a_row_does_not_depend_on_its_neighbours(model: nn.Module, kind: Kind, way: dict[str, Any]) -> None:
     together, _ = decode(model, cache=kind, **way)
@@ -169,7 +193,7 @@ def test_a_row_does_not_depend_on_its_neighbours(model: nn.Module, kind: Kind, w
         assert torch.equal(alone[0], together[row, row:])
 
 
-@pytest.mark.parametrize("kind", ["prefix", "dual"])
+@pytest.mark.parametrize("kind", BY_BLOCK)
 def test_rows_that_end_leave_and_change_nothing(model: nn.Module, kind: Kind) -> None:
     free, forwards = decode(model, cache=kind)
     end = int(free[0, PROMPT + 1])  # what the first row says early; others say it later or never
@@ -286,7 +310,7 @@ def test_agreement_compares_texts_up_to_their_ends() -> None:
 WRONG: tuple[tuple[dict[str, Any], str], ...] = (
     ({"cache": "duel"}, "Did you mean 'dual'"),
     ({"cache": "dual", "compat": "llada"}, "the official code, which has no cache"),
-    ({"refresh": 4}, "refreshes a cache; choose one of prefix, dual, interval"),
+    ({"refresh": 4}, "refreshes a cache; choose one of prefix, dual, delayed, interval"),
     ({"cache": "dual", "prompt_refresh": 4}, "is of cache='interval'"),
     ({"cache": "dual", "refresh": 0}, "every 1 or more steps"),
     ({"cache": "interval", "prompt_refresh": -1}, "every 1 or more steps"),
