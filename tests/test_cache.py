@@ -89,13 +89,14 @@ def test_a_window_right_after_a_refresh_gives_the_logits_of_the_whole(
     with sw.skip(model, plan_for(model, skipped)):
         windows = Windows(kind, PROMPT)
         windows.begin(slice(10, 14))
-        for step in range(2):
-            keep(windows, range(3), tokens)
-            part = run(model, windows, tokens, mask)
-            whole = whole if step else part
+        keep(windows, range(3), tokens)
+        whole = run(model, windows, tokens, mask)
+        keep(windows, range(3), tokens)
+        part = run(model, windows, tokens, mask)
         (window,) = {tuple(row) for row in ran(windows)}
-    masks = (9, 10, 11, 12) if model.shift else (10, 12)
-    assert window == masks if kind == "delayed" else tuple(range(10 - model.shift, LENGTH if kind == "prefix" else 14))
+    first = 10 - model.shift
+    every = {"prefix": range(first, LENGTH), "delayed": (9, 10, 11) if model.shift else (10, 12)}
+    assert window == tuple(every.get(kind, range(first, 14)))
     kept = whole[:, window][:, model.shift :]
     torch.testing.assert_close(part[:, model.shift :], kept, rtol=1e-4, atol=1e-5)
     assert torch.equal(part[:, model.shift :].argmax(-1), kept.argmax(-1))
@@ -210,10 +211,83 @@ def test_what_each_kind_runs(model: nn.Module) -> None:
     assert tokens_run(decode(model, cache="prefix")) == prefix
     assert tokens_run(decode(model, cache="dual")) == [LENGTH, *[4 + back] * 3] * 3
     assert tokens_run(decode(model, cache="dual", refresh=2)) == [LENGTH, 4 + back] * 6
+    assert tokens_run(decode(model, cache="delayed")) == [LENGTH, 4 + back, 3 + back, 2 + back] * 3
     # the last commits of a block are run with the next one, or with what follows the prompt
     window, response = 4 + back, 12 + back
     expected = [window, window, response, 4 + window, window, response, window, LENGTH, window, window, response]
     assert tokens_run(decode(model, cache="interval", refresh=3, prompt_refresh=8)) == [LENGTH, *expected]
+
+
+def steps_of(model: nn.Module, tokens: Tensor, **settings: Any) -> list[tuple[Tensor, list[list[int]]]]:
+    """The sequences that each step of the cache "delayed" began with, and the positions of each row that it ran."""
+    found: list[tuple[Tensor, list[list[int]]]] = []
+    windows = Windows("delayed", PROMPT, settings.get("refresh"))
+
+    def watch(module: Any, args: Any, given: dict[str, Any]) -> None:
+        found[-1][1].extend(ran(windows))
+
+    handle = model.register_forward_pre_hook(watch, with_kwargs=True)
+    with pytest.MonkeyPatch.context() as patch, denoising(model) as denoiser:
+        denoiser.on_step = lambda step: found.append((step.sequences.clone(), []))
+        patch.setattr(LLaDASettings, "windows", lambda *_: windows)
+        llada_decode(denoiser, tokens, LLaDASettings(gen_length=12, block_length=6, cache="delayed", **settings))
+    handle.remove()
+    return found
+
+
+DELAYED = ({}, {"steps": 6}, {"threshold": 0.2}, {"cfg_scale": 0.5}, {"refresh": 3})
+
+
+@pytest.mark.parametrize("way", DELAYED, ids=str)
+def test_delayed_runs_masks_and_what_was_just_committed(model: nn.Module, way: dict[str, Any]) -> None:
+    """Row by row, what was masked when the step before began; of the shifted model what is before each mask, the first
+    mask and what was just committed.
+    """
+    steps, everything = steps_of(model, prompts(1, padding=False)[0], **way), list(range(LENGTH))
+    assert len(steps) > 4
+    assert [i for i, (_, rows) in enumerate(steps) if everything in rows] == fulls_of(model, steps, way)
+    for (before, _), (now, rows) in itertools.pairwise(steps):
+        was, masks = masks_of(model, before), masks_of(model, now)
+        if model.shift:
+            was = (was - masks) | {p - 1 for p in masks} | {min(masks)}
+        assert rows == [everything] or all(set(row) == was for row in rows)
+
+
+def masks_of(model: nn.Module, sequences: Tensor) -> set[int]:
+    """The masks of the first row in its current block of six."""
+    masks = (sequences[0] == model.config.mask_token_id).nonzero()[:, 0].tolist()
+    return {p for p in masks if p < (12 if masks[0] < 12 else LENGTH)}
+
+
+def fulls_of(model: nn.Module, steps: list[tuple[Tensor, Any]], way: dict[str, Any]) -> list[int]:
+    """Steps that begin a block, and with `refresh` every so many of a block."""
+    ages, begun = [], 0
+    for i, (sequences, _) in enumerate(steps):
+        begun = i if len(masks_of(model, sequences)) == 6 else begun
+        ages.append(i - begun)
+    return [i for i, age in enumerate(ages) if age % way.get("refresh", LENGTH) == 0]
+
+
+def test_delayed_stores_the_keys_of_tokens(model: nn.Module) -> None:
+    """What is committed is run when its neighbours know it: a forward of everything finds the same keys, while those of
+    masks that became tokens and were not run since would differ.
+    """
+    tokens, _ = half_written(padding=False)
+    with sw.skip(model, plan_for(model, (0, 1, 3))):  # one block: keys depend on a position's own token
+        windows = Windows("delayed", PROMPT)
+        windows.begin(slice(10, 14))
+        keep(windows, range(3), tokens)
+        run(model, windows, tokens, None)
+        stale = [part.clone() for part in windows.stored._layers[0]]
+        tokens[:, 10] = torch.tensor([8, 9, 10])
+        keep(windows, range(3), tokens)
+        run(model, windows, tokens, None)
+        found = windows.stored._layers[0]
+        windows.stored = None
+        run(model, windows, tokens, None)
+        for kept, old, fresh in zip(found, stale, windows.stored._layers[0], strict=True):
+            torch.testing.assert_close(kept, fresh, rtol=1e-4, atol=1e-5)
+            assert not torch.allclose(old[:, :, 10], fresh[:, :, 10], atol=1e-3)
 
 
 def tokens_run(decoded: tuple[Tensor, list]) -> list[int]:
@@ -248,6 +322,7 @@ def test_models_that_a_plan_hands_steps_to_keep_their_own_features(kind: Kind) -
 def test_masks_in_a_prompt_are_filled(model: nn.Module, kind: Kind) -> None:
     tokens, mask = prompts()
     tokens[:, 3:5] = model.config.mask_token_id
+    tokens[2, 2] = tokens[0, 0] = model.config.mask_token_id  # with nothing before, or padding
     settings: dict[str, Any] = {"attention_mask": mask, "family": "llada", "stop_at_eos": False, "gen_length": 0}
     plan = plan_for(model, (0, 1, 3))
     filled = sw.generate(model, tokens, plan=plan, cache=kind, **settings).sequences

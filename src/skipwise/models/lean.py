@@ -196,7 +196,7 @@ def _rotated(x: Tensor, rotary: Rotary) -> Tensor:
 
 
 def signed(table: Rotary) -> Rotary:
-    """The table (1 or rows, length, 1, head width) for halves that are swapped, where transformers negates one of them, too."""
+    """The table (..., length, 1, head width) for halves that are swapped, where transformers negates one, too."""
     cosine, sine = table
     half = sine.shape[-1] // 2
     return cosine[:, :, None], torch.cat([-sine[..., :half], sine[..., half:]], -1)[:, :, None]

@@ -128,7 +128,8 @@ class MDLMBlock(nn.Module):
         store: Store | None = None,
         where: Places | None = None,
     ) -> Tensor:
-        """x: (batch, length, width); rotary: two (..., length, head width); conditioning: (batch, cond_dim); mask: bool.
+        """x: (batch, length, width); rotary: two (..., length, head width); conditioning: (batch, cond_dim); mask:
+        bool.
 
         store: takes the keys and values of x, (batch, heads, length, head width), and gives those that x attends to.
         where: rows and positions (n,) whose output alone is wanted, (n, width).

@@ -10,8 +10,8 @@ in a forward of everything, in a model (under its plan) of one block, where ever
   and what follows it.
 - "dual" (the same): what follows the block is not run again either, so that these steps run the block alone.
 - "delayed" (dKV-Cache, arXiv 2505.15781, inside of "dual"): what of the block is committed is not run again either, but
-  for once, at the step after its commit, so that the token's keys are stored and not a mask's. A step runs half of the
-  block on average. A model that predicts a position from the one before it runs that, too, for every mask.
+  for once, at the step after its commit, so that the token's keys are stored and not a mask's. A step runs that and
+  the masks, or what is before them in a model that predicts from there: half of the block on average.
 - "interval" (after dLLM-Cache, arXiv 2506.06295): steps run the block alone; what follows the prompt is run every
   `refresh` steps and everything every `prompt_refresh`, wherever blocks begin. That paper's update, between refreshes,
   of the tokens whose values changed most is left out: it runs other tokens in every layer. Tokens that a block commits
@@ -45,7 +45,7 @@ class Stored(Cache):
         super().__init__(layers=[])
         self.length = length
         self.window: slice | Tensor = slice(0, length)
-        self._places: Tensor | None = None  # where in the window a position is
+        self._places = torch.empty(0)  # where in such a window each position is
         self._layers: list[tuple[Tensor, Tensor]] = []  # of those that run, (rows, key heads, length, width of a head)
 
     def update(
@@ -98,7 +98,7 @@ class Stored(Cache):
         if where is None:
             return None
         rows, positions = where if isinstance(where, tuple) else where.nonzero(as_tuple=True)
-        if self._places is None or isinstance(self.window, slice):
+        if isinstance(self.window, slice):
             return rows, positions - self.window.start
         return rows, self._places[rows, (positions - before).clamp(min=0)] + before
 
@@ -180,13 +180,14 @@ class Windows:
         return every is not None and self._age % every == 0
 
     def _delayed(self, before: int) -> tuple[Tensor, int]:
-        """What "delayed" runs: masks of the step before, so still masks or just committed; how many at most in a row."""
+        """What "delayed" runs: what was just committed, and what predicts the masks; and how many of a row at most."""
         was, left = self._before
-        if before == 0:
+        if before == 0:  # masks predict themselves, and what is none any more was just committed
             return was, max(left)
-        predicting = F.pad(self._masks.where[:, before:], (0, before))
-        most = max(a + b for a, b in zip(left, self._masks.left, strict=True))
-        return was | predicting, min(most, self.block.stop - max(0, self.block.start - before))
+        now = self._masks.where
+        predicting = F.pad(now[:, before:], (0, before))
+        first = now & (now.cumsum(1) == 1)  # predicts itself if it is the first of a text
+        return (was & ~now) | predicting | first, max(left) + 1
 
     def _span(self, length: int) -> tuple[int, int]:
         """First position and end of what the kind runs, when that is not everything."""
