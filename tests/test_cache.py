@@ -1,6 +1,7 @@
 """Caches for block-wise decoding: where they are exact, what they run, and what they refuse."""
 
 import itertools
+from collections.abc import Sequence
 from typing import Any
 
 import pytest
@@ -14,7 +15,7 @@ from skipwise.cost import Meter
 from skipwise.errors import UserError
 from skipwise.plan import Phase, Plan
 from skipwise.sampling import Denoiser, LLaDASettings, agreement
-from skipwise.sampling.cache import KINDS, Kind, Windows
+from skipwise.sampling.cache import KINDS, Kind, Masks, Windows
 from skipwise.sampling.denoiser import denoising
 from skipwise.sampling.llada import decode as llada_decode
 from skipwise.zoo.tasks import PROMPT_LENGTH, distinct_examples
@@ -58,11 +59,24 @@ def half_written(padding: bool) -> tuple[Tensor, Tensor | None]:
     return torch.cat([tokens, text], dim=1), mask
 
 
+def keep(windows: Windows, rows: Sequence[int], tokens: Tensor) -> None:
+    """Go on with these rows, as the sampler does. tokens: theirs."""
+    masked = tokens[: len(rows), : windows.block.stop] == MASK
+    windows.keep(rows, Masks(masked, masked.sum(1).tolist()))
+
+
 @torch.no_grad()
 def run(model: nn.Module, windows: Windows, tokens: Tensor, mask: Tensor | None) -> Tensor:
     """Logits of a window as the cache asks for it."""
-    stored = windows.next(tokens.shape[1], None, model.shift)
-    return model.head(model.states(tokens[:, stored.window], mask, past_key_values=stored))
+    stored = windows.next(tokens.shape, None, model.shift)
+    others = {"past_key_values": stored, "position_ids": stored.position_ids}
+    return model.head(model.states(stored.part(tokens), mask, **others))
+
+
+def ran(windows: Windows) -> list[list[int]]:
+    """The positions of the last forward, row by row."""
+    window = windows.stored.window
+    return window.tolist() if isinstance(window, Tensor) else [list(range(LENGTH)[window])]
 
 
 @pytest.mark.parametrize("padding", [False, True])
@@ -75,43 +89,53 @@ def test_a_window_right_after_a_refresh_gives_the_logits_of_the_whole(
     with sw.skip(model, plan_for(model, skipped)):
         windows = Windows(kind, PROMPT)
         windows.begin(slice(10, 14))
+        keep(windows, range(3), tokens)
         whole = run(model, windows, tokens, mask)
+        keep(windows, range(3), tokens)
         part = run(model, windows, tokens, mask)
-        window = windows.stored.window
-    assert window == slice(10 - model.shift, LENGTH if kind == "prefix" else 14)
+        (window,) = {tuple(row) for row in ran(windows)}
+    first = 10 - model.shift
+    every = {"prefix": range(first, LENGTH), "delayed": (9, 10, 11) if model.shift else (10, 12)}
+    assert window == tuple(every.get(kind, range(first, 14)))
     kept = whole[:, window][:, model.shift :]
     torch.testing.assert_close(part[:, model.shift :], kept, rtol=1e-4, atol=1e-5)
     assert torch.equal(part[:, model.shift :].argmax(-1), kept.argmax(-1))
 
 
+@pytest.mark.parametrize("kind", ["dual", "delayed"])
 @pytest.mark.parametrize("name", ["llada", "dream"])
-def test_another_kernel_gives_the_same(name: str) -> None:
+def test_another_kernel_gives_the_same(name: str, kind: Kind) -> None:
     model = ROWS[name]()
     tokens, mask = half_written(padding=True)
     found = []
     for kernel in ("sdpa", "eager"):
         model.set_attn_implementation(kernel)
-        windows = Windows("dual", PROMPT)
+        windows = Windows(kind, PROMPT)
         windows.begin(slice(10, 14))
-        run(model, windows, tokens, mask)
-        found.append(run(model, windows, tokens, mask)[:, model.shift :])
+        for _ in range(2):
+            keep(windows, range(3), tokens)
+            logits = run(model, windows, tokens, mask)
+        found.append(logits[:, model.shift :])
     torch.testing.assert_close(*found, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("kind", ["dual", "delayed"])
 @pytest.mark.parametrize("copies", [1, 2])
-def test_rows_that_are_dropped_leave_the_others_as_they_were(model: nn.Module, copies: int) -> None:
+def test_rows_that_are_dropped_leave_the_others_as_they_were(model: nn.Module, kind: Kind, copies: int) -> None:
     tokens, mask = (tensor.repeat(copies, 1) for tensor in half_written(padding=True))
-    windows = Windows("dual", PROMPT)
-    windows.keep(range(3))
+    windows = Windows(kind, PROMPT)
     windows.begin(slice(10, 14))
+    keep(windows, range(3), tokens)
     run(model, windows, tokens, mask)
     tokens[:, 10] = 9
-    whole = run(model, windows, tokens, mask)
+    for _ in range(2):  # "delayed" runs what was committed once more
+        keep(windows, range(3), tokens)
+        whole = run(model, windows, tokens, mask)
     rows = [copy * 3 + row for copy in range(copies) for row in (0, 2)]
-    windows.keep((0, 2))
+    keep(windows, (0, 2), tokens[rows])
     torch.testing.assert_close(run(model, windows, tokens[rows], mask[rows]), whole[rows], rtol=1e-4, atol=1e-5)
-    windows.keep((0, 1, 2))  # what came back is not stored
-    assert windows.next(LENGTH, None).window == slice(0, LENGTH)
+    keep(windows, range(3), tokens)  # what came back is not stored
+    assert windows.next(tokens.shape, None).window == slice(0, LENGTH)
 
 
 def decode(model: nn.Module, padding: bool = True, plan: Plan | None = None, **settings: Any) -> tuple[Tensor, list]:
@@ -122,7 +146,8 @@ def decode(model: nn.Module, padding: bool = True, plan: Plan | None = None, **s
         return llada_decode(denoiser, tokens, chosen, mask), denoiser.forwards
 
 
-EVERY = {"prefix": {"refresh": 1}, "dual": {"refresh": 1}, "interval": {"prompt_refresh": 1}}
+EVERY = {kind: {"prompt_refresh" if kind == "interval" else "refresh": 1} for kind in KINDS}
+BY_BLOCK = [kind for kind in KINDS if kind != "interval"]
 WAYS = ({}, {"threshold": 0.15}, {"steps": 6}, {"temperature": 1.0}, {"cfg_scale": 0.5}, {"block_length": 12})
 
 
@@ -148,7 +173,7 @@ def test_a_model_of_one_block_decodes_exactly(model: nn.Module, kind: Kind, way:
         assert sum(f.tokens for f in forwards) < sum(f.tokens for f in whole)
 
 
-@pytest.mark.parametrize("kind", ["prefix", "dual"])
+@pytest.mark.parametrize("kind", BY_BLOCK)
 @pytest.mark.parametrize("way", [{"block_length": 1}, {"steps": 3}], ids=str)
 def test_blocks_of_one_step_are_exact(model: nn.Module, kind: Kind, way: dict[str, Any]) -> None:
     exact, _ = decode(model, **way)
@@ -157,7 +182,7 @@ def test_blocks_of_one_step_are_exact(model: nn.Module, kind: Kind, way: dict[st
     assert all(f.tokens == f.keys for f in forwards)
 
 
-@pytest.mark.parametrize("kind", ["prefix", "dual"])
+@pytest.mark.parametrize("kind", BY_BLOCK)
 @pytest.mark.parametrize("way", [{}, {"threshold": 0.15}, {"refresh": 2}], ids=str)
 def test_a_row_does_not_depend_on_its_neighbours(model: nn.Module, kind: Kind, way: dict[str, Any]) -> None:
     together, _ = decode(model, cache=kind, **way)
@@ -169,7 +194,7 @@ def test_a_row_does_not_depend_on_its_neighbours(model: nn.Module, kind: Kind, w
         assert torch.equal(alone[0], together[row, row:])
 
 
-@pytest.mark.parametrize("kind", ["prefix", "dual"])
+@pytest.mark.parametrize("kind", BY_BLOCK)
 def test_rows_that_end_leave_and_change_nothing(model: nn.Module, kind: Kind) -> None:
     free, forwards = decode(model, cache=kind)
     end = int(free[0, PROMPT + 1])  # what the first row says early; others say it later or never
@@ -186,10 +211,83 @@ def test_what_each_kind_runs(model: nn.Module) -> None:
     assert tokens_run(decode(model, cache="prefix")) == prefix
     assert tokens_run(decode(model, cache="dual")) == [LENGTH, *[4 + back] * 3] * 3
     assert tokens_run(decode(model, cache="dual", refresh=2)) == [LENGTH, 4 + back] * 6
+    assert tokens_run(decode(model, cache="delayed")) == [LENGTH, 4 + back, 3 + back, 2 + back] * 3
     # the last commits of a block are run with the next one, or with what follows the prompt
     window, response = 4 + back, 12 + back
     expected = [window, window, response, 4 + window, window, response, window, LENGTH, window, window, response]
     assert tokens_run(decode(model, cache="interval", refresh=3, prompt_refresh=8)) == [LENGTH, *expected]
+
+
+def steps_of(model: nn.Module, tokens: Tensor, **settings: Any) -> list[tuple[Tensor, list[list[int]]]]:
+    """The sequences that each step of the cache "delayed" began with, and the positions of each row that it ran."""
+    found: list[tuple[Tensor, list[list[int]]]] = []
+    windows = Windows("delayed", PROMPT, settings.get("refresh"))
+
+    def watch(module: Any, args: Any, given: dict[str, Any]) -> None:
+        found[-1][1].extend(ran(windows))
+
+    handle = model.register_forward_pre_hook(watch, with_kwargs=True)
+    with pytest.MonkeyPatch.context() as patch, denoising(model) as denoiser:
+        denoiser.on_step = lambda step: found.append((step.sequences.clone(), []))
+        patch.setattr(LLaDASettings, "windows", lambda *_: windows)
+        llada_decode(denoiser, tokens, LLaDASettings(gen_length=12, block_length=6, cache="delayed", **settings))
+    handle.remove()
+    return found
+
+
+DELAYED = ({}, {"steps": 6}, {"threshold": 0.2}, {"cfg_scale": 0.5}, {"refresh": 3})
+
+
+@pytest.mark.parametrize("way", DELAYED, ids=str)
+def test_delayed_runs_masks_and_what_was_just_committed(model: nn.Module, way: dict[str, Any]) -> None:
+    """Row by row, what was masked when the step before began; of the shifted model what is before each mask, the first
+    mask and what was just committed.
+    """
+    steps, everything = steps_of(model, prompts(1, padding=False)[0], **way), list(range(LENGTH))
+    assert len(steps) > 4
+    assert [i for i, (_, rows) in enumerate(steps) if everything in rows] == fulls_of(model, steps, way)
+    for (before, _), (now, rows) in itertools.pairwise(steps):
+        was, masks = masks_of(model, before), masks_of(model, now)
+        if model.shift:
+            was = (was - masks) | {p - 1 for p in masks} | {min(masks)}
+        assert rows == [everything] or all(set(row) == was for row in rows)
+
+
+def masks_of(model: nn.Module, sequences: Tensor) -> set[int]:
+    """The masks of the first row in its current block of six."""
+    masks = (sequences[0] == model.config.mask_token_id).nonzero()[:, 0].tolist()
+    return {p for p in masks if p < (12 if masks[0] < 12 else LENGTH)}
+
+
+def fulls_of(model: nn.Module, steps: list[tuple[Tensor, Any]], way: dict[str, Any]) -> list[int]:
+    """Steps that begin a block, and with `refresh` every so many of a block."""
+    ages, begun = [], 0
+    for i, (sequences, _) in enumerate(steps):
+        begun = i if len(masks_of(model, sequences)) == 6 else begun
+        ages.append(i - begun)
+    return [i for i, age in enumerate(ages) if age % way.get("refresh", LENGTH) == 0]
+
+
+def test_delayed_stores_the_keys_of_tokens(model: nn.Module) -> None:
+    """What is committed is run when its neighbours know it: a forward of everything finds the same keys, while those of
+    masks that became tokens and were not run since would differ.
+    """
+    tokens, _ = half_written(padding=False)
+    with sw.skip(model, plan_for(model, (0, 1, 3))):  # one block: keys depend on a position's own token
+        windows = Windows("delayed", PROMPT)
+        windows.begin(slice(10, 14))
+        keep(windows, range(3), tokens)
+        run(model, windows, tokens, None)
+        stale = [part.clone() for part in windows.stored._layers[0]]
+        tokens[:, 10] = torch.tensor([8, 9, 10])
+        keep(windows, range(3), tokens)
+        run(model, windows, tokens, None)
+        found = windows.stored._layers[0]
+        windows.stored = None
+        run(model, windows, tokens, None)
+        for kept, old, fresh in zip(found, stale, windows.stored._layers[0], strict=True):
+            torch.testing.assert_close(kept, fresh, rtol=1e-4, atol=1e-5)
+            assert not torch.allclose(old[:, :, 10], fresh[:, :, 10], atol=1e-3)
 
 
 def tokens_run(decoded: tuple[Tensor, list]) -> list[int]:
@@ -224,6 +322,7 @@ def test_models_that_a_plan_hands_steps_to_keep_their_own_features(kind: Kind) -
 def test_masks_in_a_prompt_are_filled(model: nn.Module, kind: Kind) -> None:
     tokens, mask = prompts()
     tokens[:, 3:5] = model.config.mask_token_id
+    tokens[2, 2] = tokens[0, 0] = model.config.mask_token_id  # with nothing before, or padding
     settings: dict[str, Any] = {"attention_mask": mask, "family": "llada", "stop_at_eos": False, "gen_length": 0}
     plan = plan_for(model, (0, 1, 3))
     filled = sw.generate(model, tokens, plan=plan, cache=kind, **settings).sequences
@@ -288,7 +387,7 @@ def test_agreement_compares_texts_up_to_their_ends() -> None:
 WRONG: tuple[tuple[dict[str, Any], str], ...] = (
     ({"cache": "duel"}, "Did you mean 'dual'"),
     ({"cache": "dual", "compat": "llada"}, "the official code, which has no cache"),
-    ({"refresh": 4}, "refreshes a cache; choose one of prefix, dual, interval"),
+    ({"refresh": 4}, "refreshes a cache; choose one of prefix, dual, delayed, interval"),
     ({"cache": "dual", "prompt_refresh": 4}, "is of cache='interval'"),
     ({"cache": "dual", "refresh": 0}, "every 1 or more steps"),
     ({"cache": "interval", "prompt_refresh": -1}, "every 1 or more steps"),

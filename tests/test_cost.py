@@ -116,3 +116,11 @@ def test_activation_bytes_grow_with_length_and_shrink_with_blocks() -> None:
     short, long = (price_blocks(model, Size(tokens=n)).of_blocks().activation_bytes for n in (8, 32))
     assert long > 3 * short
     assert price_blocks(model, Size(tokens=8)).of_blocks({"model.layers": (0,)}).activation_bytes == short * 3 // 4
+
+
+@pytest.mark.parametrize("name", ["llada", "dream", "mdlm"])
+def test_prices_of_a_length_follow_from_those_of_two_others(name: str) -> None:
+    model = ROWS[name]()
+    one, many = (price_blocks(model, Size(tokens=tokens)) for tokens in (1, 40))
+    for tokens in (1, 2, 17, 40):
+        assert many.at(tokens, one) == price_blocks(model, Size(tokens=tokens))

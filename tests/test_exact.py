@@ -16,6 +16,7 @@ from skipwise.models import head_of
 from skipwise.models.bidirectional import kept
 from skipwise.plan import Phase, Plan
 from skipwise.sampling import FAMILIES, Denoiser, Step, noise, prediction
+from skipwise.sampling.cache import KINDS
 from skipwise.sampling.denoiser import denoising
 from skipwise.sampling.prediction import Prediction
 from tests.plain_samplers import PLAIN
@@ -304,6 +305,7 @@ def waits(name: str, settings: dict[str, Any]) -> tuple[int, int]:
     [
         ("llada", {}, 0),
         ("llada", {"cfg_scale": 1.0}, 0),
+        *(("llada", {"cache": kind}, 0) for kind in KINDS),
         ("llada", {"remasking": "random"}, 0),
         ("llada", {"temperature": 1.0}, 1),  # where the candidates are, for their noise
         *(("dream", {"alg": alg}, 0) for alg in ("origin", "maskgit_plus", "topk_margin", "entropy")),

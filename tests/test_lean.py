@@ -75,6 +75,28 @@ def test_stored_keys_are_seen_and_replaced(model: Any, where: lean.Places | None
     torch.testing.assert_close(found[1], found[3], rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("rows", [slice(None), slice(1)])
+@torch.no_grad()
+def test_each_row_may_run_its_own_positions(model: Any, rows: slice) -> None:
+    """Of unequally many, against what is stored of the others, as transformers' decoder runs them."""
+    ids, found = IDS[rows], []
+    wanted = torch.tensor([[0, 0, 1, 0, 1, 1, 0], [1, 0, 0, 0, 0, 1, 0]]).bool()[rows]
+    places = (torch.arange(len(ids)), torch.ones(len(ids), dtype=torch.long))
+    for run in (lean.run, stock):
+        past = Stored(ids.shape[1])
+        run(model.model if run is lean.run else model, ids, None, **_past(run, past))
+        past.choose(wanted, 3)
+        given = {"numbers" if run is lean.run else "position_ids": past.position_ids}
+        inputs = past.part(ids + 1)
+        found.append(run(model.model if run is lean.run else model, inputs, None, **given, **_past(run, past)))
+        found.append(past._layers[-1][0])
+    torch.testing.assert_close(found[0], found[2], rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(found[1], found[3], rtol=1e-5, atol=1e-5)
+    assert past.position_ids.tolist() == [[2, 4, 5], [0, 5, 0]][rows]
+    narrow = lean.run(model.model, inputs, None, past, places, past.position_ids)
+    torch.testing.assert_close(narrow, found[0][places], rtol=1e-5, atol=1e-5)
+
+
 def _past(run: Any, past: Stored) -> dict[str, Any]:
     return {"past" if run is lean.run else "past_key_values": past}
 

@@ -80,6 +80,27 @@ class Prices:
         linear = {name: part(p) for name, p in self.linear.items()}
         return Prices(blocks, part(self.outside), linear, self.size, part(self.head))
 
+    def at(self, tokens: int, other: "Prices") -> "Prices":
+        """The prices of so many tokens, from these and those of another number: what is attention grows with the
+        square of the tokens, all else evenly. Weights are what they were.
+        """
+        if self.size is None or other.size is None:
+            raise ValueError("prices without a size cannot be scaled")
+        here, there = self.size.tokens, other.size.tokens
+
+        def part(low: Price, high: Price) -> Price:
+            attention = low.attention_flops * tokens**2 // here**2
+            rest, more = low.flops - low.attention_flops, high.flops - high.attention_flops
+            flops = attention + rest + (more - rest) * (tokens - here) // (there - here)
+            written = low.activation_bytes
+            written += (high.activation_bytes - written) * (tokens - here) // (there - here)
+            return replace(low, flops=flops, attention_flops=attention, activation_bytes=written)
+
+        blocks = {name: tuple(map(part, row, other.blocks[name])) for name, row in self.blocks.items()}
+        linear = {name: part(p, other.linear[name]) for name, p in self.linear.items()}
+        outside, head = part(self.outside, other.outside), part(self.head, other.head)
+        return Prices(blocks, outside, linear, replace(self.size, tokens=tokens), head)
+
     def forward(self, skip: Skip | None = None, linear: Skip | None = None) -> Price:
         """One forward with these blocks skipped."""
         return self.of_blocks(skip, linear) + self.outside

@@ -7,6 +7,7 @@ from torch import Tensor, nn
 
 from skipwise.models.lean import is_lean, narrows, run, spared
 
+LEAN = ("past_key_values", "position_ids")  # what `run` takes of what a decoder does
 Where = Tensor | tuple[Tensor, Tensor]  # bool (rows, length), or its indices: rows (n,) and positions (n,)
 
 
@@ -46,12 +47,12 @@ class Bidirectional:
     ) -> Tensor:
         """The decoder's states at `where`."""
         trunk: Any = self.model  # type: ignore[attr-defined]
-        mask, past = key_mask(attention_mask, trunk.config), others.get("past_key_values")
-        if not {k for k, v in others.items() if v is not None} <= {"past_key_values"} or not is_lean(trunk, mask):
+        mask, past, numbers = key_mask(attention_mask, trunk.config), *map(others.get, LEAN)
+        if not {k for k, v in others.items() if v is not None} <= set(LEAN) or not is_lean(trunk, mask):
             return kept(trunk(input_ids, attention_mask=mask, **others).last_hidden_state, where)
         if isinstance(where, tuple):
-            return run(trunk, input_ids, mask, past, where)
-        return kept(run(trunk, input_ids, mask, past), where)
+            return run(trunk, input_ids, mask, past, where, numbers)
+        return kept(run(trunk, input_ids, mask, past, numbers=numbers), where)
 
 
 def key_mask(attention_mask: Tensor | None, config: Any) -> Tensor | None:

@@ -105,10 +105,10 @@ class DreamModel(Bidirectional, Qwen2ForCausalLM):
         """
         if states:
             return self.states(cast(Tensor, input_ids), attention_mask, logits_to_keep, **kwargs)
-        begin = _begin(kwargs.get("past_key_values"))
         outputs = self.model(input_ids, attention_mask=attention_mask, **kwargs)
         found = outputs.last_hidden_state
-        where = _before(_positions(logits_to_keep, found), attention_mask, begin, found)
+        present = _present(attention_mask, found, kwargs.get("past_key_values"), kwargs.get("position_ids"))
+        where = _before(_positions(logits_to_keep, found), present, found)
         logits = self.lm_head(kept(found, where))
         return CausalLMOutputWithPast(
             logits=cast(Any, logits), hidden_states=outputs.hidden_states, attentions=outputs.attentions
@@ -119,18 +119,22 @@ class DreamModel(Bidirectional, Qwen2ForCausalLM):
     ) -> Tensor:
         """What the head makes logits of: (batch, length, width), or at `where` alone; the shift is in it."""
         asked = where if isinstance(where, tuple) else _positions(0 if where is None else where, input_ids)
-        before = _before(asked, attention_mask, _begin(others.get("past_key_values")), input_ids)
+        present = _present(attention_mask, input_ids, others.get("past_key_values"), others.get("position_ids"))
+        before = _before(asked, present, input_ids)
         return self._run(input_ids, attention_mask, before, **others)
 
 
-def _begin(past: Cache | None) -> int:
-    """The first position that a forward runs, which is the first that is not in the past."""
-    return 0 if past is None else past.get_seq_length()
-
-
-def _present(attention_mask: Tensor, begin: int, states: Tensor) -> Tensor:
-    """The mask (batch, positions) of the positions that run."""
-    return attention_mask.reshape(len(states), -1)[:, begin : begin + states.shape[1]]
+def _present(
+    attention_mask: Tensor | None, states: Tensor, past: Cache | None, position_ids: Tensor | None
+) -> Tensor | None:
+    """The mask (batch, positions) of the positions that run: with a past, those named or else those that follow it."""
+    if attention_mask is None:
+        return None
+    mask = attention_mask.reshape(len(states), -1)
+    if past is not None and position_ids is not None:
+        return mask.gather(1, position_ids.expand(len(mask), -1))
+    begin = 0 if past is None else past.get_seq_length()
+    return mask[:, begin : begin + states.shape[1]]
 
 
 def _positions(logits_to_keep: int | Tensor, inputs: Tensor) -> Tensor:
@@ -145,11 +149,11 @@ def _positions(logits_to_keep: int | Tensor, inputs: Tensor) -> Tensor:
     return logits_to_keep
 
 
-def _before(where: Where, attention_mask: Tensor | None, begin: int, inputs: Tensor) -> Where:
+def _before(where: Where, present: Tensor | None, inputs: Tensor) -> Where:
     """Where the states are that predict what is at `where` (see `kept`): one to the left of each position."""
     first = torch.zeros(len(inputs), 1, dtype=torch.long, device=inputs.device)
-    if attention_mask is not None:  # left of a row's first token there is only padding
-        first = _present(attention_mask, begin, inputs).int().argmax(1, keepdim=True)
+    if present is not None:  # left of a row's first token there is only padding
+        first = present.int().argmax(1, keepdim=True)
     if isinstance(where, Tensor) and where.dtype != torch.bool:
         return (where - 1).maximum(first)
     rows, positions = where if isinstance(where, tuple) else where.nonzero(as_tuple=True)

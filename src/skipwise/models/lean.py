@@ -21,7 +21,7 @@ from transformers.models.qwen2 import modeling_qwen2 as qwen2
 
 from skipwise.models.linear import product, watched
 
-Rotary = tuple[Tensor, Tensor]  # cosine and sine, (1, length, head width) each
+Rotary = tuple[Tensor, Tensor]  # cosine and sine, (1 or rows, length, head width) each
 Places = tuple[Tensor, Tensor]  # rows (n,) and positions (n,)
 
 TRUNKS = (llama.LlamaModel, qwen2.Qwen2Model)
@@ -58,16 +58,24 @@ def is_lean(trunk: Any, mask: Tensor | None) -> bool:
 
 
 def run(
-    trunk: Any, input_ids: Tensor, mask: Tensor | None = None, past: Cache | None = None, where: Places | None = None
+    trunk: Any,
+    input_ids: Tensor,
+    mask: Tensor | None = None,
+    past: Cache | None = None,
+    where: Places | None = None,
+    numbers: Tensor | None = None,
 ) -> Tensor:
     """The decoder's last states (rows, length, width); at `where` alone, (n, width).
 
-    mask: of the keys, bool (rows, 1, 1, keys); None where nothing is padding. past: as the decoder takes it.
+    mask: of the keys, bool (rows, 1, 1, keys); None where nothing is padding. past: as the decoder takes it; numbers:
+    its position_ids (1 or rows, length), which go on from the past when left out.
     """
     parts = [_parts(layer) for layer in trunk.layers]
     x = trunk.embed_tokens(input_ids)
-    begin = 0 if past is None else past.get_seq_length()
-    numbers, table = _table(trunk.rotary_emb, begin, x)
+    if numbers is None:
+        begin = 0 if past is None else past.get_seq_length()
+        numbers = torch.arange(begin, begin + x.shape[1], device=x.device)[None]
+    table = trunk.rotary_emb(x, numbers)
     with quickly(None not in parts):
         x = _through(list(zip(trunk.layers, parts, strict=True)), x, numbers, table, mask, past, where)
     if where is not None and x.ndim == 3:
@@ -188,13 +196,7 @@ def _rotated(x: Tensor, rotary: Rotary) -> Tensor:
 
 
 def signed(table: Rotary) -> Rotary:
-    """The table (1, length, 1, head width) for halves that are swapped, where transformers negates one of them, too."""
+    """The table (..., length, 1, head width) for halves that are swapped, where transformers negates one, too."""
     cosine, sine = table
     half = sine.shape[-1] // 2
     return cosine[:, :, None], torch.cat([-sine[..., :half], sine[..., half:]], -1)[:, :, None]
-
-
-def _table(module: Any, begin: int, x: Tensor) -> tuple[Tensor, Rotary]:
-    """The numbers of x's positions (1, length), and what turns them."""
-    numbers = torch.arange(begin, begin + x.shape[1], device=x.device)[None]
-    return numbers, module(x, numbers)

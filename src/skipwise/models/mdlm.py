@@ -128,7 +128,8 @@ class MDLMBlock(nn.Module):
         store: Store | None = None,
         where: Places | None = None,
     ) -> Tensor:
-        """x: (batch, length, width); rotary: two (length, head width); conditioning: (batch, cond_dim); mask: bool.
+        """x: (batch, length, width); rotary: two (..., length, head width); conditioning: (batch, cond_dim); mask:
+        bool.
 
         store: takes the keys and values of x, (batch, heads, length, head width), and gives those that x attends to.
         where: rows and positions (n,) whose output alone is wanted, (n, width).
@@ -236,12 +237,14 @@ class MDLM(PreTrainedModel):
         logits_to_keep: Where | int = 0,
         states: bool = False,
         past_key_values: Cache | None = None,
+        position_ids: Tensor | None = None,
     ) -> Any:
         """One forward; see the class for shapes. logits_to_keep: a bool mask (batch, length), whose logits are (n,
         vocab_size), row by row; positions (k,) or (batch, k); or the last n positions; 0 is all. states: return what
         `self.states` does, at logits_to_keep, instead of logits.
         """
-        found = self.states(input_ids, attention_mask, logits_to_keep, sigma=sigma, past_key_values=past_key_values)
+        more: Any = {"sigma": sigma, "past_key_values": past_key_values, "position_ids": position_ids}
+        found = self.states(input_ids, attention_mask, logits_to_keep, **more)
         return found if states else MaskedLMOutput(logits=self.head(found))
 
     def states(
@@ -252,17 +255,22 @@ class MDLM(PreTrainedModel):
         *,
         sigma: Tensor | None = None,
         past_key_values: Cache | None = None,
+        position_ids: Tensor | None = None,
     ) -> Tensor:
         """What the head makes logits of: (batch, length, hidden_dim), or at `where` alone.
 
         past_key_values: stores keys and values as transformers' decoders do; attention still looks both ways.
+        position_ids: (batch, length), those that follow what is stored when left out.
         """
         x = self.vocab_embed(input_ids)
         if sigma is None or not self.config.time_conditioning:
             sigma = torch.zeros(len(input_ids), device=x.device)
         conditioning = F.silu(self.sigma_map(sigma))
-        begin = 0 if past_key_values is None else past_key_values.get_seq_length()
-        rotary = self._rotary(begin, input_ids.shape[1], x.device)
+        if position_ids is None:
+            begin = 0 if past_key_values is None else past_key_values.get_seq_length()
+            rotary = self._rotary(torch.arange(begin, begin + input_ids.shape[1], device=x.device))
+        else:
+            rotary = self._rotary(position_ids[:, None])  # of all heads
         if attention_mask is not None and attention_mask.ndim == 2:
             attention_mask = attention_mask.bool()[:, None, None, :]
         narrowed = self.narrows(where)
@@ -294,9 +302,10 @@ class MDLM(PreTrainedModel):
         """States (..., hidden_dim) -> logits (..., vocab_size)."""
         return self.output_layer.linear
 
-    def _rotary(self, begin: int, length: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    def _rotary(self, positions: Tensor) -> tuple[Tensor, Tensor]:
+        """What turns the heads at positions (..., length): two (..., length, head width)."""
         width = self.config.hidden_dim // self.config.n_heads
-        rates = ROTARY_BASE ** (-torch.arange(0, width, 2, device=device, dtype=torch.float32) / width)
-        angles = torch.outer(torch.arange(begin, begin + length, device=device, dtype=torch.float32), rates)
+        rates = ROTARY_BASE ** (-torch.arange(0, width, 2, device=positions.device, dtype=torch.float32) / width)
+        angles = positions.float()[..., None] * rates
         sine = angles.sin()  # the first half of a head is turned against the second
-        return angles.cos().repeat(1, 2), torch.cat([-sine, sine], dim=-1)
+        return torch.cat([angles.cos()] * 2, dim=-1), torch.cat([-sine, sine], dim=-1)

@@ -83,8 +83,12 @@ def _outside(forward: Forward, prices: Prices) -> int:
 def account(denoiser: Denoiser) -> Shares:
     """The share of each model that a denoiser ran."""
 
+    lengths = {forward.keys for forward in denoiser.forwards}
+
     def prices(name: str | None, tokens: int) -> Prices:
-        return price_blocks(denoiser.named(name), Size(tokens=tokens))
+        found = price_blocks(denoiser.named(name), Size(tokens=tokens if tokens in lengths else max(lengths)))
+        # of a cache: windows may be of any number of tokens, and pricing takes as long as a forward of a small model
+        return found if tokens in lengths else found.at(tokens, price_blocks(denoiser.named(name), Size(tokens=1)))
 
     @cache
     def each(name: str | None, rows: int, keys: int) -> int:

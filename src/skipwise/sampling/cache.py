@@ -9,6 +9,9 @@ in a forward of everything, in a model (under its plan) of one block, where ever
 - "prefix" (Fast-dLLM, arXiv 2505.22618): every block begins with a forward of everything; its other steps run the block
   and what follows it.
 - "dual" (the same): what follows the block is not run again either, so that these steps run the block alone.
+- "delayed" (dKV-Cache, arXiv 2505.15781, inside of "dual"): what of the block is committed is not run again either, but
+  for once, at the step after its commit, so that the token's keys are stored and not a mask's. A step runs that and
+  the masks, or what is before them in a model that predicts from there: half of the block on average.
 - "interval" (after dLLM-Cache, arXiv 2506.06295): steps run the block alone; what follows the prompt is run every
   `refresh` steps and everything every `prompt_refresh`, wherever blocks begin. That paper's update, between refreshes,
   of the tokens whose values changed most is left out: it runs other tokens in every layer. Tokens that a block commits
@@ -16,15 +19,17 @@ in a forward of everything, in a model (under its plan) of one block, where ever
 """
 
 from collections.abc import Iterable, Sequence
-from typing import Any, Literal, get_args
+from typing import Any, Literal, NamedTuple, get_args
 
+import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 from transformers import Cache
 
 from skipwise.errors import UserError, unknown
 from skipwise.models.bidirectional import Where
 
-Kind = Literal["prefix", "dual", "interval"]
+Kind = Literal["prefix", "dual", "delayed", "interval"]
 KINDS: tuple[Kind, ...] = get_args(Kind)
 REFRESH, PROMPT_REFRESH = 8, 64  # of "interval"; its paper runs LLaDA-8B with 6 to 8 and 50 to 100
 
@@ -32,11 +37,15 @@ REFRESH, PROMPT_REFRESH = 8, 64  # of "interval"; its paper runs LLaDA-8B with 6
 class Stored(Cache):
     """Keys (rotated) and values of all positions. The first forward runs everything and fills it; later ones run
     `window`, write theirs, and attend to the whole, which is a bool mask for padding and none without.
+
+    window: the same positions of every row, or each row's own, int64 (rows, n).
     """
 
     def __init__(self, length: int):
         super().__init__(layers=[])
-        self.length, self.window = length, slice(0, length)
+        self.length = length
+        self.window: slice | Tensor = slice(0, length)
+        self._places = torch.empty(0)  # where in such a window each position is
         self._layers: list[tuple[Tensor, Tensor]] = []  # of those that run, (rows, key heads, length, width of a head)
 
     def update(
@@ -47,23 +56,51 @@ class Stored(Cache):
             self._layers.append((key_states, value_states))
             return key_states, value_states
         keys, values = self._layers[layer_idx]
-        keys[:, :, self.window] = key_states
-        values[:, :, self.window] = value_states
+        if isinstance(self.window, slice):
+            keys[:, :, self.window] = key_states
+            values[:, :, self.window] = value_states
+        else:
+            rows = torch.arange(len(keys), device=keys.device)[:, None]
+            keys[rows, :, self.window] = key_states.transpose(1, 2)
+            values[rows, :, self.window] = value_states.transpose(1, 2)
         return keys, values
+
+    def choose(self, wanted: Tensor, most: int) -> None:
+        """Run these positions next, bool (rows, up to where any is), of which no row has more than `most`.
+
+        A row that has fewer runs its first one as often as it takes: its neighbours change nothing of what it sees.
+        """
+        order = wanted.argsort(dim=1, descending=True, stable=True)[:, :most]
+        self.window = order.where(wanted.gather(1, order), order[:, :1])
+        self._places = wanted.cumsum(1) - 1
+
+    @property
+    def position_ids(self) -> Tensor | None:
+        """Numbers of the window's positions (rows, n), where they do not follow from `get_seq_length`."""
+        return None if isinstance(self.window, slice) else self.window
+
+    def part(self, sequences: Tensor) -> Tensor:
+        """What of sequences (rows, length) is in the window."""
+        return sequences[:, self.window] if isinstance(self.window, slice) else sequences.gather(1, self.window)
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
         """Positions before the window: transformers' models number the window's tokens from there."""
-        return self.window.start
+        return self.window.start if isinstance(self.window, slice) else 0
 
     def get_mask_sizes(self, query_length: int, layer_idx: int) -> tuple[int, int]:
         """How many positions the window sees, and the first of them."""
         return self.length, 0
 
-    def local(self, where: Where | None) -> Where | None:
-        """What is at `where` in the sequences, as places in the window, which holds them all."""
-        if isinstance(where, tuple):
-            return where[0], where[1] - self.window.start
-        return None if where is None else where[:, self.window]
+    def local(self, where: Where | None, before: int = 0) -> Where | None:
+        """What is at `where` in the sequences, as places in the window, `before` behind that of the position that
+        predicts it, which the window holds.
+        """
+        if where is None:
+            return None
+        rows, positions = where if isinstance(where, tuple) else where.nonzero(as_tuple=True)
+        if isinstance(self.window, slice):
+            return rows, positions - self.window.start
+        return rows, self._places[rows, (positions - before).clamp(min=0)] + before
 
     def keep(self, places: Sequence[int], of: int) -> None:
         """Drop all but these of `of` rows; under guidance, rows are there twice."""
@@ -72,10 +109,17 @@ class Stored(Cache):
         self._layers = [(keys[rows], values[rows]) for keys, values in self._layers]
 
 
+class Masks(NamedTuple):
+    """Of a block: bool (rows, end of the block), and how many every row has, known without asking a device."""
+
+    where: Tensor
+    left: Sequence[int]
+
+
 class Windows:
     """Which positions each forward of block-wise decoding runs, and what is stored of the others.
 
-    prompt: how many positions come before the text. refresh: "prefix" and "dual" run everything every `refresh`
+    prompt: how many positions come before the text. refresh: all but "interval" run everything every `refresh`
     forwards of a block, at its first alone when left out; "interval" what is behind the prompt, 8 when left out.
     prompt_refresh: "interval" runs everything every so many forwards, 64 when left out.
     """
@@ -86,6 +130,7 @@ class Windows:
         self.block = slice(0, 0)
         self.stored: Stored | None = None
         self._rows: tuple[int, ...] = ()
+        self._masks = self._before = Masks(torch.empty(0, 0, dtype=torch.bool), ())  # now, and at the step before
         self._of: object = None  # what `stored` holds the features of
         self._age = 0  # forwards since everything was run
         self._late = 0  # from where on tokens may have been committed since they were run
@@ -96,30 +141,36 @@ class Windows:
         if self.kind != "interval":
             self.stored = None
 
-    def next(self, length: int, running: object, before: int = 0) -> Stored:
+    def next(self, shape: Sequence[int], running: object, before: int = 0) -> Stored:
         """What the next forward takes as `past_key_values`; it must run the `window` of that.
 
-        length: of the sequences; running: what runs, since what is stored of anything else is stale; before: how far
-        before a token the position is that predicts it.
+        shape: of the sequences (rows, length); running: what runs, since what is stored of anything else is stale;
+        before: how far before a token the position is that predicts it.
         """
+        rows, length = shape
         self._age += 1
         if self.stored is None or running != self._of or self._due(self._everything):
             self.stored, self._of, self._age = Stored(length), running, 0
+        elif self.kind == "delayed":
+            wanted, most = self._delayed(before)
+            self.stored.choose(wanted.repeat(rows // len(wanted), 1), most)
         else:
             start, stop = self._span(length)
             self.stored.window = slice(max(0, start - before), stop)
         self._late = self.block.start
         return self.stored
 
-    def keep(self, rows: Sequence[int]) -> None:
-        """Go on with these rows of the batch. If one is back that was left out, all is run again."""
-        rows = tuple(rows)
+    def keep(self, rows: Sequence[int], masks: Masks) -> None:
+        """Go on with these rows of the batch and their masks. If one is back that was left out, all is run again."""
+        rows, self._before = tuple(rows), self._masks
         if self.stored is not None and rows != self._rows:
             if set(rows) <= set(self._rows):
-                self.stored.keep([self._rows.index(row) for row in rows], len(self._rows))
+                places = [self._rows.index(row) for row in rows]
+                self.stored.keep(places, len(self._rows))
+                self._before = Masks(self._before.where[places], [self._before.left[place] for place in places])
             else:
                 self.stored = None
-        self._rows = rows
+        self._rows, self._masks = rows, masks
 
     @property
     def _everything(self) -> int | None:
@@ -127,6 +178,16 @@ class Windows:
 
     def _due(self, every: int | None) -> bool:
         return every is not None and self._age % every == 0
+
+    def _delayed(self, before: int) -> tuple[Tensor, int]:
+        """What "delayed" runs: what was just committed, and what predicts the masks; and how many of a row at most."""
+        was, left = self._before
+        if before == 0:  # masks predict themselves, and what is none any more was just committed
+            return was, max(left)
+        now = self._masks.where
+        predicting = F.pad(now[:, before:], (0, before))
+        first = now & (now.cumsum(1) == 1)  # predicts itself if it is the first of a text
+        return (was & ~now) | predicting | first, max(left) + 1
 
     def _span(self, length: int) -> tuple[int, int]:
         """First position and end of what the kind runs, when that is not everything."""

@@ -145,9 +145,10 @@ class Denoiser:
             self.on_step(step)
         model, length = self.named(running.model), inputs.shape[1]
         if windows is not None:
-            stored = windows.next(length, running, cast(Any, model).shift)
-            inputs, where = inputs[:, stored.window], stored.local(where)
-            others = {**others, "past_key_values": stored}
+            before = cast(Any, model).shift
+            stored = windows.next(inputs.shape, running, before)
+            inputs, where = stored.part(inputs), stored.local(where, before)
+            others = {**others, "past_key_values": stored, "position_ids": stored.position_ids}
         head = head_of(model)
         narrowed = head is not None and not self.compiled and cast(Any, model).narrows(where)
         if self.compiled:

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from skipwise.errors import UserError
 from skipwise.models import end_of_text
-from skipwise.sampling.cache import Kind, Windows, check_cache, check_cacheable
+from skipwise.sampling.cache import Kind, Masks, Windows, check_cache, check_cacheable
 from skipwise.sampling.canvas import Canvas, Part, Settings, commit_above, commit_top, places, quota_of
 from skipwise.sampling.denoiser import Denoiser, Step
 from skipwise.sampling.noise import Noise
@@ -34,8 +34,8 @@ class LLaDASettings(Settings):
     cfg_scale: classifier-free guidance, z_u + (cfg_scale + 1) (z - z_u), where z_u are the logits with the prompt
     masked; a step then runs twice the rows. logits_eos_inf: never choose the end of text; confidence_eos_eot_inf:
     choose it last of all (under compat the official code's version, which at a temperature forgets the end of text).
-    cache: "prefix", "dual" or "interval", an approximation that does not run all positions at every step, with refresh
-    and prompt_refresh, in steps that are run (`skipwise.sampling.cache`); None is exact.
+    cache: "prefix", "dual", "delayed" or "interval", an approximation that does not run all positions at every step,
+    with refresh and prompt_refresh, in steps that are run (`skipwise.sampling.cache`); None is exact.
     """
 
     block_length: int | None = None
@@ -190,8 +190,11 @@ class _Plain:
     ) -> None:
         """One step of some rows, of whose masks in the window so many are left."""
         part = self.canvas.part(rows)
-        view = part.sequences[:, window]
-        where = places(part.masked[:, window], sum(left[row] for row in rows))
+        view, masked = part.sequences[:, window], part.masked
+        counts = [left[row] for row in rows]
+        where = places(masked[:, window], sum(counts))
+        if self.windows is not None:
+            self.windows.keep(part.rows, Masks(masked[:, : window.stop], counts))
         prediction = self._predict(step, part, (where[0], where[1] + window.start))
         found = prediction.read(self._reader(part, window, where, prediction.vocabulary))
         chosen = view.index_put(where, found[0])
@@ -206,8 +209,6 @@ class _Plain:
     def _predict(self, step: Step, part: Part, where: tuple[Tensor, Tensor]) -> Prediction:
         """What the model predicts at `where`, rows and positions (n,) of the part."""
         x, mask, scale = part.sequences, part.attention_mask, self.settings.cfg_scale
-        if self.windows is not None:
-            self.windows.keep(part.rows)
         if scale == 0:
             return self.denoiser.predict(step, x, mask, where, windows=self.windows)
         without = x.masked_fill(part.of(self.given), part.mask)
