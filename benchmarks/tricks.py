@@ -42,8 +42,8 @@ def every_logit() -> AbstractContextManager[Any]:
 def wide_last_block() -> AbstractContextManager[Any]:
     """The last block runs all positions."""
 
-    def wide(trunk: Any, ids: Tensor, mask: Any, past: Any, where: Any = None) -> Tensor:
-        return kept(run(trunk, ids, mask, past), where)
+    def wide(trunk: Any, ids: Tensor, mask: Any, past: Any, where: Any = None, numbers: Any = None) -> Tensor:
+        return kept(run(trunk, ids, mask, past, None, numbers), where)
 
     return patch.multiple(bidirectional, run=wide, narrows=lambda trunk: False)
 

@@ -73,7 +73,7 @@ class Row(_Frozen):
     peak_bytes: int | None = Field(description="see `memory_is`; None where it cannot be measured")
     block_flops: int = Field(description="in the blocks alone, by formula, as they happened")
     all_in_flops: int = Field(description="head and attention included, by formula, as they happened")
-    share_of_matrix_rate: float = Field(ge=0, description="all-in FLOPs, less what the last block was spared / seconds / the ceiling's matrix rate")
+    share_of_matrix_rate: float = Field(ge=0, description="FLOPs that were taken / seconds / the ceiling's matrix rate")
     share_of_bandwidth: float = Field(ge=0, description="weights read once a forward / seconds / the bandwidth")
 
     @property
