@@ -69,7 +69,7 @@ def test_rows_are_of_what_generate_does(known_ceiling: Ceiling) -> None:
     plan = half_plan(chosen.model)
     result = bench(chosen, plan, BenchSettings(**SHORT, batch=2, block_length=4))
     rows = {row.mode: row for row in result.rows}
-    single = ["threshold", "prefix", "dual", "delayed", "interval", "dual, threshold"]
+    single = ["threshold", "prefix", "dual", "delayed", "interval", "focus", "dual, threshold"]
     assert list(rows) == ["exact", *single, "plan", *(f"{name} + plan" for name in single)]
     assert [row.mode for row in result.rows if row.exact] == ["exact"]
     flops = [rows[name].block_flops for name in ("delayed", "dual", "prefix", "exact")]

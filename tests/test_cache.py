@@ -62,7 +62,8 @@ def half_written(padding: bool) -> tuple[Tensor, Tensor | None]:
 def keep(windows: Windows, rows: Sequence[int], tokens: Tensor) -> None:
     """Go on with these rows, as the sampler does. tokens: theirs."""
     masked = tokens[: len(rows), : windows.block.stop] == MASK
-    windows.keep(rows, Masks(masked, masked.sum(1).tolist()))
+    left = masked.sum(1).tolist()
+    windows.keep(rows, Masks(masked, left, masked, left))
 
 
 @torch.no_grad()

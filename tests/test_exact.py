@@ -306,6 +306,7 @@ def waits(name: str, settings: dict[str, Any]) -> tuple[int, int]:
         ("llada", {}, 0),
         ("llada", {"cfg_scale": 1.0}, 0),
         *(("llada", {"cache": kind}, 0) for kind in KINDS),
+        ("llada", {"cache": "delayed", "focus": 3}, 0),
         ("llada", {"remasking": "random"}, 0),
         ("llada", {"temperature": 1.0}, 1),  # where the candidates are, for their noise
         *(("dream", {"alg": alg}, 0) for alg in ("origin", "maskgit_plus", "topk_margin", "entropy")),

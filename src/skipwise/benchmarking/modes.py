@@ -17,6 +17,9 @@ AUTOREGRESSIVE = "autoregressive"  # no family of denoisers: one token after the
 BLOCKS = "llada"  # the family whose sampler decodes block by block, with thresholds
 
 
+FOCUS = 8  # masks that a step of the mode "focus" looks at
+
+
 @dataclass(frozen=True)
 class Mode:
     """A name, what `skipwise.generate` is told, and whether the tokens are meant to be those of exact decoding."""
@@ -49,7 +52,7 @@ def caches(model: nn.Module) -> dict[str, dict[str, Any]]:
         check_cacheable([model], KINDS[0])
     except UserError:
         return {}
-    return {kind: {"cache": kind} for kind in KINDS}
+    return {kind: {"cache": kind} for kind in KINDS} | {"focus": {"cache": "delayed", "focus": FOCUS}}
 
 
 def family_for(model: nn.Module, wanted: str | None) -> str:

@@ -110,10 +110,20 @@ class Stored(Cache):
 
 
 class Masks(NamedTuple):
-    """Of a block: bool (rows, end of the block), and how many every row has, known without asking a device."""
+    """Of a block: bool (rows, end of the block), and how many every row has, known without asking a device.
+
+    looked, looks: those of them that are to be predicted, and how many of every row.
+    """
 
     where: Tensor
     left: Sequence[int]
+    looked: Tensor
+    looks: Sequence[int]
+
+    def of(self, places: Sequence[int]) -> "Masks":
+        """These rows' alone."""
+        left, looks = ([of[place] for place in places] for of in (self.left, self.looks))
+        return Masks(self.where[places], left, self.looked[places], looks)
 
 
 class Windows:
@@ -130,7 +140,8 @@ class Windows:
         self.block = slice(0, 0)
         self.stored: Stored | None = None
         self._rows: tuple[int, ...] = ()
-        self._masks = self._before = Masks(torch.empty(0, 0, dtype=torch.bool), ())  # now, and at the step before
+        none = torch.empty(0, 0, dtype=torch.bool)
+        self._masks = self._before = Masks(none, (), none, ())  # now, and at the step before
         self._of: object = None  # what `stored` holds the features of
         self._age = 0  # forwards since everything was run
         self._late = 0  # from where on tokens may have been committed since they were run
@@ -148,8 +159,9 @@ class Windows:
         before: how far before a token the position is that predicts it.
         """
         rows, length = shape
+        everything = self.runs_everything(running)
         self._age += 1
-        if self.stored is None or running != self._of or self._due(self._everything):
+        if everything or self.stored is None:
             self.stored, self._of, self._age = Stored(length), running, 0
         elif self.kind == "delayed":
             wanted, most = self._delayed(before)
@@ -160,6 +172,11 @@ class Windows:
         self._late = self.block.start
         return self.stored
 
+    def runs_everything(self, running: object) -> bool:
+        """Whether the next forward runs all positions."""
+        every = (self.prompt_refresh or PROMPT_REFRESH) if self.kind == "interval" else self.refresh
+        return self.stored is None or running != self._of or _due(self._age + 1, every)
+
     def keep(self, rows: Sequence[int], masks: Masks) -> None:
         """Go on with these rows of the batch and their masks. If one is back that was left out, all is run again."""
         rows, self._before = tuple(rows), self._masks
@@ -167,35 +184,33 @@ class Windows:
             if set(rows) <= set(self._rows):
                 places = [self._rows.index(row) for row in rows]
                 self.stored.keep(places, len(self._rows))
-                self._before = Masks(self._before.where[places], [self._before.left[place] for place in places])
+                self._before = self._before.of(places)
             else:
                 self.stored = None
         self._rows, self._masks = rows, masks
 
-    @property
-    def _everything(self) -> int | None:
-        return (self.prompt_refresh or PROMPT_REFRESH) if self.kind == "interval" else self.refresh
-
-    def _due(self, every: int | None) -> bool:
-        return every is not None and self._age % every == 0
-
     def _delayed(self, before: int) -> tuple[Tensor, int]:
         """What "delayed" runs: what was just committed, and what predicts the masks; and how many of a row at most."""
-        was, left = self._before
-        if before == 0:  # masks predict themselves, and what is none any more was just committed
-            return was, max(left)
-        now = self._masks.where
-        predicting = F.pad(now[:, before:], (0, before))
-        first = now & (now.cumsum(1) == 1)  # predicts itself if it is the first of a text
-        return (was & ~now) | predicting | first, max(left) + 1
+        now, was = self._masks, self._before
+        committed = was.where & ~now.where
+        most = max(looks + had - left for looks, had, left in zip(now.looks, was.left, now.left, strict=True))
+        if before == 0:  # masks predict themselves
+            return committed | now.looked, most
+        predicting = F.pad(now.looked[:, before:], (0, before))
+        first = now.where & (now.where.cumsum(1) == 1) & now.looked  # predicts itself if it is the first of a text
+        return committed | predicting | first, most + 1
 
     def _span(self, length: int) -> tuple[int, int]:
         """First position and end of what the kind runs, when that is not everything."""
         if self.kind == "prefix":
             return self.block.start, length
-        if self.kind == "interval" and self._due(self.refresh or REFRESH):
+        if self.kind == "interval" and _due(self._age, self.refresh or REFRESH):
             return min(self._late, self.prompt), length
         return self._late, self.block.stop
+
+
+def _due(age: int, every: int | None) -> bool:
+    return every is not None and age % every == 0
 
 
 def check_cache(kind: str | None, refresh: int | None, prompt_refresh: int | None, compat: str | None) -> None:

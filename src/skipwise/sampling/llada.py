@@ -16,7 +16,7 @@ from torch import Tensor
 from skipwise.errors import UserError
 from skipwise.models import end_of_text
 from skipwise.sampling.cache import Kind, Masks, Windows, check_cache, check_cacheable
-from skipwise.sampling.canvas import Canvas, Part, Settings, commit_above, commit_top, places, quota_of
+from skipwise.sampling.canvas import Canvas, Part, Settings, commit_above, commit_top, on_device, places, quota_of
 from skipwise.sampling.denoiser import Denoiser, Step
 from skipwise.sampling.noise import Noise
 from skipwise.sampling.prediction import Prediction, Reader
@@ -35,7 +35,9 @@ class LLaDASettings(Settings):
     masked; a step then runs twice the rows. logits_eos_inf: never choose the end of text; confidence_eos_eot_inf:
     choose it last of all (under compat the official code's version, which at a temperature forgets the end of text).
     cache: "prefix", "dual", "delayed" or "interval", an approximation that does not run all positions at every step,
-    with refresh and prompt_refresh, in steps that are run (`skipwise.sampling.cache`); None is exact.
+    with refresh and prompt_refresh, in steps that are run (`skipwise.sampling.cache`); None is exact. focus: of the
+    "delayed" cache: a step looks at this many masks of a row alone, those that the model was most confident of when it
+    looked at them last; it looks at all where everything is run.
     """
 
     block_length: int | None = None
@@ -48,6 +50,7 @@ class LLaDASettings(Settings):
     cache: Kind | None = None
     refresh: int | None = None
     prompt_refresh: int | None = None
+    focus: int | None = None
 
     family: ClassVar[str] = "llada"
 
@@ -57,6 +60,7 @@ class LLaDASettings(Settings):
         self.at_least_zero("temperature", "0 is greedy, 1 is the model's distribution")
         self.at_least_zero("cfg_scale", "0 is without guidance")
         check_cache(self.cache, self.refresh, self.prompt_refresh, self.compat)
+        self._check_focus()
         if self.threshold is None:
             return
         if not 0 < self.threshold <= 1:
@@ -64,6 +68,16 @@ class LLaDASettings(Settings):
         if self.compat or self.steps:
             given = "compat" if self.compat else f"steps={self.steps}"
             raise UserError(f"With a threshold the number of steps follows from the text; leave out {given}.")
+
+    def _check_focus(self) -> None:
+        if self.focus is None:
+            return
+        if self.cache != "delayed":
+            raise UserError(f"focus={self.focus} is of cache='delayed'; cache is {self.cache!r}.")
+        if self.focus < 1 or self.remasking == "random":
+            raise UserError(
+                f"focus={self.focus} with remasking={self.remasking!r}; look at 1 mask or more, by confidence."
+            )
 
     def windows(self, denoiser: Denoiser, canvas: Canvas) -> Windows | None:
         """What decides which positions run; None where all do. Raises UserError for a model that takes no cache."""
@@ -137,6 +151,8 @@ class _Plain:
         self.windows = settings.windows(denoiser, canvas)
         self.never = end_of_text(denoiser.model) if settings.logits_eos_inf else None
         self.held_back = held_back(denoiser) if settings.confidence_eos_eot_inf else []
+        # how confident the model was of each position when it was last looked at
+        self.confidence = torch.full(canvas.sequences.shape, torch.inf, device=canvas.sequences.device)
 
     @property
     def finished(self) -> bool:
@@ -192,19 +208,42 @@ class _Plain:
         part = self.canvas.part(rows)
         view, masked = part.sequences[:, window], part.masked
         counts = [left[row] for row in rows]
-        where = places(masked[:, window], sum(counts))
+        looked, looks = self._looked(step, part, masked, window, counts, quota)
+        where = places(looked[:, window], sum(looks))
         if self.windows is not None:
-            self.windows.keep(part.rows, Masks(masked[:, : window.stop], counts))
+            self.windows.keep(part.rows, Masks(masked[:, : window.stop], counts, looked, looks))
         prediction = self._predict(step, part, (where[0], where[1] + window.start))
         found = prediction.read(self._reader(part, window, where, prediction.vocabulary))
         chosen = view.index_put(where, found[0])
         confidence = torch.full_like(view, -torch.inf, dtype=torch.float32)
         confidence[where] = found[1] if len(found) > 1 else self._uniform(part, window)[where]
+        if self.settings.focus:
+            rows_of = on_device(part.rows, view.device)[where[0]]
+            self.confidence[rows_of, where[1] + window.start] = confidence[where]
         if quota is None:
             commit_above(view, chosen, confidence, self.settings.threshold or 1.0)
         else:
             commit_top(view, chosen, confidence, quota)
         self.canvas.put(part)
+
+    def _looked(
+        self,
+        step: Step,
+        part: Part,
+        masked: Tensor,
+        window: slice,
+        counts: list[int],
+        quota: list[int] | None,
+    ) -> tuple[Tensor, list[int]]:
+        """The masks that are looked at, bool (rows, end of the window), and how many of every row."""
+        masked, focus, windows = masked[:, : window.stop], self.settings.focus, self.windows
+        if not focus or windows is None or windows.runs_everything(self.denoiser.at(step.progress)):
+            return masked, counts
+        most = min(max(focus, *(quota or [])), max(counts))
+        last = part.of(self.confidence)[:, : window.stop].where(masked, -torch.inf)
+        last[:, : window.start] = -torch.inf
+        best = torch.zeros_like(masked).scatter_(1, last.topk(most).indices, True)
+        return masked & best, [min(count, most) for count in counts]
 
     def _predict(self, step: Step, part: Part, where: tuple[Tensor, Tensor]) -> Prediction:
         """What the model predicts at `where`, rows and positions (n,) of the part."""
