@@ -239,7 +239,7 @@ class _Plain:
         masked, focus, windows = masked[:, : window.stop], self.settings.focus, self.windows
         if not focus or windows is None or windows.runs_everything(self.denoiser.at(step.progress)):
             return masked, counts
-        most = min(max(focus, *(quota or [])), max(counts))
+        most = min(max([focus, *(quota or [])]), max(counts))
         last = part.of(self.confidence)[:, : window.stop].where(masked, -torch.inf)
         last[:, : window.start] = -torch.inf
         best = torch.zeros_like(masked).scatter_(1, last.topk(most).indices, True)
