@@ -3,8 +3,8 @@
 What is measured: the part of an analysis that grows with the texts (the forwards, reading their states, and the forward
 that finds the outlier channels) against the same forwards as anyone would run them, without anything attached and with
 the logits, in turns in one process, `--pairs` pairs after `--warmup`; the order within a pair alternates. The figure is
-the median of the pairs' ratios with its 95% bootstrap interval; 1.25 means that an analysis takes a quarter longer. What
-an analysis does once whatever the texts (tracing the contract, pricing the blocks) is timed apart, in milliseconds.
+the median of the pairs' ratios with its 95% bootstrap interval; 1.25 means that an analysis takes a quarter longer.
+What an analysis does once whatever the texts (tracing the contract, pricing the blocks) is timed apart, in ms.
 
     python benchmarks/analyze_overhead.py                     # the layers, on three models
     python benchmarks/analyze_overhead.py --parts layers,tokens --cpu-time
