@@ -1,10 +1,10 @@
 """What does an analysis cost beside its forwards? Time of `skipwise.analyze` / time of the same forwards alone.
 
 What is measured: the part of an analysis that grows with the texts (the forwards, reading their states, and the forward
-that finds the outlier channels) against the same forwards without anything attached, in turns in one process, `--pairs`
-pairs after `--warmup`; the order within a pair alternates. The figure is the median of the pairs' ratios with its 95%
-bootstrap interval; 1.25 means that an analysis takes a quarter longer. What an analysis does once whatever the texts
-(tracing the contract, pricing the blocks) is timed apart, in milliseconds.
+that finds the outlier channels) against the same forwards as anyone would run them, without anything attached and with
+the logits, in turns in one process, `--pairs` pairs after `--warmup`; the order within a pair alternates. The figure is
+the median of the pairs' ratios with its 95% bootstrap interval; 1.25 means that an analysis takes a quarter longer.
+What an analysis does once whatever the texts (tracing the contract, pricing the blocks) is timed apart, in ms.
 
     python benchmarks/analyze_overhead.py                     # the layers, on three models
     python benchmarks/analyze_overhead.py --parts layers,tokens --cpu-time
@@ -68,7 +68,7 @@ def llama(count: int) -> tuple[nn.Module, Any, Sequence[Text]]:
 
 
 def forwards(model: nn.Module, work: Sequence[Batch]) -> None:
-    """What `analyze` runs, with nothing attached."""
+    """What `analyze` runs, with nothing attached; and the logits, which it leaves out where nobody reads them."""
     diffusion = kind_of(model) == "masked diffusion"
     for batch in work if diffusion else ():
         prompt, length = batch.samples[0].prompt, len(batch.samples[0].ids)

@@ -9,6 +9,7 @@ from peft import LoraConfig, inject_adapter_in_model
 from torch import Tensor, nn
 
 import skipwise as sw
+from skipwise.analysis.states import StateReader
 from skipwise.blocks import find_contract
 from skipwise.cost import Meter
 from skipwise.models import lean
@@ -142,6 +143,30 @@ def test_what_is_not_plain_is_called(model: Any, change: Callable[[Any, list[Any
             expected = stock(model, IDS, None)[WHERE[0], WHERE[1] - 1]
     assert seen
     torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize(("ids", "mask", "where"), [(IDS, None, WHERE), (IDS, PRESENT, None), (IDS[1:], None, ALONE)])
+@torch.no_grad()
+def test_who_only_looks_on_sees_every_layer(
+    model: Any, ids: Tensor, mask: Tensor | None, where: lean.Places | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The states that an analysis reads: those of transformers' layers, of which none is called for it."""
+    contract = find_contract(model)
+    reader = StateReader(model, contract.stacks[contract.main_stack])
+    with reader.reading():
+        expected = stock(model, ids, key_mask(mask))
+        streams = reader.take()
+        assert not model.narrows(where), "the last layer's states are wanted everywhere"
+        monkeypatch.setattr(type(model.model.layers[0]), "forward", None)
+        found = lean.run(model.model, ids, key_mask(mask), where=where)
+        seen = reader.take()
+    at = torch.ones_like(ids, dtype=torch.bool) if mask is None else mask.bool()
+    assert len(seen) == len(streams) == 5
+    for one, other in zip(seen, streams, strict=True):
+        assert not one.is_inference()
+        torch.testing.assert_close(one[at], other[at], rtol=1e-5, atol=1e-5)
+    shown = (found, expected[where]) if where else (found[at], expected[at])
+    torch.testing.assert_close(*shown, rtol=1e-5, atol=1e-5)
 
 
 def test_training_and_other_attention_are_left_to_transformers(model: Any) -> None:

@@ -13,7 +13,7 @@ from skipwise.analysis.samples import Batch, Sample, first_batch
 from skipwise.analysis.states import StateReader, outlier_channels
 from skipwise.analysis.statistics import Statistics
 from skipwise.blocks import Contract, module_list
-from skipwise.models import kind_of, mask_token
+from skipwise.models import head_of, kind_of, mask_token
 from skipwise.sampling.denoiser import Denoiser, Step
 from skipwise.sampling.llada import LLaDASettings, decode
 
@@ -71,8 +71,12 @@ class Run:
         """From a forward of its own, so that they depend neither on the batches nor on how these are shared."""
         batch = first_batch(self.samples)
         ids = batch.ids.to(self.device)
-        self.model(input_ids=self._masked(batch, ids, 0.5) if self.diffusion else ids)
+        self._forward(self._masked(batch, ids, 0.5) if self.diffusion else ids)
         return outlier_channels(torch.stack(self.reader.take()).flatten(1, 2), self.outliers).cpu()
+
+    def _forward(self, ids: Tensor) -> None:
+        """For what the reader takes of it: no logits where the model can be run without."""
+        self.model(input_ids=ids, **({"states": True} if head_of(self.model) else {}))
 
     def _masked(self, batch: Batch, ids: Tensor, level: float) -> Tensor:
         return ids.masked_fill((batch.noise(self.seed) < level).to(self.device), mask_token(self.model))
@@ -98,7 +102,7 @@ class Run:
         statistics = self._all()
         for batch in self.mine:
             ids = batch.ids.to(self.device)
-            self.model(input_ids=ids)
+            self._forward(ids)
             self._read(statistics, batch, ids, torch.ones_like(ids, dtype=torch.bool))
             self._tick()
         add_up(statistics.sums)
@@ -113,7 +117,7 @@ class Run:
         by_level = [self._new("layers") for _ in range(self.noise_levels if "layers" in self.parts else 0)]
         for batch in self.mine if by_level else ():
             for i, statistics in enumerate(by_level):
-                self.model(input_ids=self._masked(batch, batch.ids.to(self.device), _middle(i, len(by_level))))
+                self._forward(self._masked(batch, batch.ids.to(self.device), _middle(i, len(by_level))))
                 statistics.add(self.reader.take())
             self._tick()
         add_up(each for statistics in (*by_step, *by_level) for each in statistics.sums)

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from skipwise.analysis.sums import Sums
 from skipwise.blocks import Stack, bind, module_list
 from skipwise.errors import UserError
+from skipwise.models.linear import Onlooker
 
 _EPSILON = 1e-24  # of a squared norm
 _FEWEST = 32  # tokens that are looked at at once
@@ -52,16 +53,20 @@ class StateStatistics(Sums):
         rest = states.index_fill(-1, outliers, 0.0) if len(outliers) else states
         # a token's products are summed without its outliers first: beside them, in float32, the rest would be lost
         products = _products(rest)
-        squares = products.diagonal(dim1=1, dim2=2)  # (tokens, blocks + 1)
-        without = _mean_over_norms(products, squares)
-        squares = squares + apart.square().sum(-1).T
+        squares = products.diagonal(dim1=1, dim2=2).T  # (blocks + 1, tokens)
+        inverse = _inverse_norms(squares)
+        without = similarity = _weighted(products, inverse)
+        if len(outliers):
+            inverse = _inverse_norms(squares + apart.square().sum(-1))
+            apart *= inverse[..., None]
+            similarity = _weighted(products, inverse) + apart.flatten(1) @ apart.flatten(1).T
         updates = (states[1:] - states[:-1]).norm(dim=-1)  # (blocks, tokens)
         self.accumulate(
             tokens=states.shape[1],
             without_outliers=without,
-            similarity=_mean_over_norms(products + _outer(apart), squares) if len(outliers) else without,
-            outlier_share=(apart.square() / squares.T.clamp_min(_EPSILON)[..., None]).sum(1),
-            update_norm=(updates * squares.T[:-1].clamp_min(_EPSILON).rsqrt()).sum(1),
+            similarity=similarity,
+            outlier_share=apart.square().sum(1),
+            update_norm=(updates * inverse[:-1]).sum(1),
         )
 
     @property
@@ -98,24 +103,20 @@ def _products(states: Tensor) -> Tensor:
     return torch.bmm(states.permute(1, 0, 2), states.permute(1, 2, 0))
 
 
-def _outer(states: Tensor) -> Tensor:
-    """`_products` of states so narrow, one channel as a rule, that a loop over the channels is quicker."""
-    first, *others = states.permute(2, 1, 0)  # (channels, tokens, n)
-    products = first[:, :, None] * first[:, None]
-    for channel in others:
-        products += channel[:, :, None] * channel[:, None]
-    return products
+def _inverse_norms(squares: Tensor) -> Tensor:
+    """1 over the norms whose squares these are."""
+    return squares.clamp_min(_EPSILON).rsqrt()
 
 
-def _mean_over_norms(products: Tensor, squares: Tensor) -> Tensor:
-    """(n, n): sum over tokens of products (tokens, n, n) over the norms, whose squares are (tokens, n)."""
-    inverse = squares.clamp_min(_EPSILON).rsqrt()
-    return (products * inverse[:, :, None] * inverse[:, None]).sum(0)
+def _weighted(products: Tensor, inverse: Tensor) -> Tensor:
+    """(n, n): sum over tokens of products (tokens, n, n) over both norms; inverse: 1 over the norms, (n, tokens)."""
+    weights = inverse.T
+    return (products * weights[:, :, None]).mul_(weights[:, None]).sum(0)
 
 
 def at_once(item: Tensor) -> int:
     """How many such items are best looked at together: on a CPU, what its cache holds (three times as fast as all)."""
-    return max(1, (2**19 if item.device.type == "cpu" else 2**26) // item.numel())
+    return max(1, (2**17 if item.device.type == "cpu" else 2**26) // item.numel())
 
 
 def outlier_channels(states: Tensor, count: int) -> Tensor:
@@ -146,14 +147,13 @@ class StateReader:
     def reading(self) -> Iterator["StateReader"]:
         """Attach to the model for a while; every forward inside replaces the states of the one before."""
 
-        def first(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
-            self._states = [bind(self._signature, module, args, kwargs)[self.stream.argument]]
-
-        def each(module: nn.Module, args: tuple, result: Any) -> None:
+        def look(module: nn.Module, args: tuple, kwargs: dict[str, Any], result: Any) -> None:
+            if module is self._blocks[0]:
+                self._states = [bind(self._signature, module, args, kwargs)[self.stream.argument]]
             self._states.append(result if self.stream.output is None else result[self.stream.output])
 
-        handles = [self._blocks[0].register_forward_pre_hook(first, with_kwargs=True)]
-        handles += [block.register_forward_hook(each) for block in self._blocks]
+        onlooker = Onlooker(look)
+        handles = [block.register_forward_hook(onlooker, with_kwargs=True) for block in self._blocks]
         try:
             yield self
         finally:

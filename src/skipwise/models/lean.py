@@ -5,7 +5,8 @@ the size of a denoising step of a small model these are a third of the time. Her
 float32, take fewer. In half precision, where one rounding more or less can decide on a token, what rounds is
 transformers' own. Behind its keys and values, the last block runs the positions whose states are wanted and no others.
 
-What is not plainly transformers' own (a hook, an adapter, a quantised or replaced part) is called as it is.
+What is not plainly transformers' own (a hook, an adapter, a quantised or replaced part) is called as it is; a hook
+that only looks on (`Onlooker`) sees every layer's stream without that.
 """
 
 from contextlib import nullcontext
@@ -19,7 +20,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.models.llama import modeling_llama as llama
 from transformers.models.qwen2 import modeling_qwen2 as qwen2
 
-from skipwise.models.linear import product, watched
+from skipwise.models.linear import Onlooker, product, watched
 
 Rotary = tuple[Tensor, Tensor]  # cosine and sine, (1 or rows, length, head width) each
 Places = tuple[Tensor, Tensor]  # rows (n,) and positions (n,)
@@ -76,7 +77,7 @@ def run(
         begin = 0 if past is None else past.get_seq_length()
         numbers = torch.arange(begin, begin + x.shape[1], device=x.device)[None]
     table = trunk.rotary_emb(x, numbers)
-    with quickly(None not in parts):
+    with quickly(None not in parts and not any(layer._forward_hooks for layer in trunk.layers)):
         x = _through(list(zip(trunk.layers, parts, strict=True)), x, numbers, table, mask, past, where)
     if where is not None and x.ndim == 3:
         x = x[where]
@@ -104,7 +105,10 @@ def _through(
     rotary = signed(table)
     for i, (layer, parts) in enumerate(layers):
         if parts is not None:
-            x = _block(parts, x, rotary, mask, past, where if i == len(layers) - 1 else None)
+            narrow = i == len(layers) - 1 and not layer._forward_hooks
+            before, x = x, _block(parts, x, rotary, mask, past, where if narrow else None)
+            for look in layer._forward_hooks.values():
+                look(layer, (before,), {}, x)
         else:
             others = {"position_ids": numbers, "position_embeddings": table, "past_key_values": past}
             x = layer(x, attention_mask=mask, use_cache=False, **others)
@@ -113,7 +117,8 @@ def _through(
 
 def narrows(trunk: Any) -> bool:
     """Whether `run` would run the last block for the wanted positions alone."""
-    return is_lean(trunk, None) and len(trunk.layers) > 0 and _parts(trunk.layers[-1]) is not None
+    last = trunk.layers[-1] if len(trunk.layers) else None
+    return last is not None and is_lean(trunk, None) and not last._forward_hooks and _parts(last) is not None
 
 
 def spared(trunk: Any, rows: int, keys: int) -> int:
@@ -130,9 +135,15 @@ def _is(module: Any, kinds: tuple[type, ...]) -> bool:
     return type(module) in kinds and not watched(module)
 
 
+def _looked_on(layer: Any) -> bool:
+    """Whether all that is on the layer are onlookers."""
+    own = layer._forward_pre_hooks or "forward" in layer.__dict__
+    return not own and all(type(hook) is Onlooker for hook in layer._forward_hooks.values())
+
+
 def _parts(layer: Any) -> Parts | None:
     """The parts of a layer that is what transformers built, through and through; None of any other."""
-    if not _is(layer, LAYERS):
+    if type(layer) not in LAYERS or (watched(layer) and not _looked_on(layer)):
         return None
     of = layer._modules
     attention, mlp, norms = of["self_attn"], of["mlp"], (of["input_layernorm"], of["post_attention_layernorm"])

@@ -7,6 +7,7 @@ take 45% of MKL's time, and the few rows that a head is asked for, against a who
 """
 
 import platform
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +31,21 @@ def product(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     if not (PREFERRED and x.numel() * weight.shape[0] >= WORTH * threads and _suits(x, weight)):
         return F.linear(x, weight, bias)
     return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
+
+
+class Onlooker:
+    """A hook behind a module that looks at what it was given and has made, and changes nothing.
+
+    Who does a module's work without calling it can call such a hook all the same: as torch does one that is registered
+    with keyword arguments, `look(module, args, kwargs, result)`.
+    """
+
+    def __init__(self, look: Callable[[nn.Module, tuple, dict[str, Any], Any], None]):
+        self.look = look
+
+    def __call__(self, module: nn.Module, args: tuple, kwargs: dict[str, Any], result: Any) -> None:
+        """Look, and give nothing back that would take the result's place."""
+        self.look(module, args, kwargs, result)
 
 
 def watched(module: nn.Module) -> bool:

@@ -8,6 +8,7 @@ of it, which all tests of a round share: half of the block evaluations that test
 
 import inspect
 from collections.abc import Collection, Iterator, Mapping, Sequence
+from contextlib import suppress
 from functools import partial
 from itertools import islice
 from typing import Any
@@ -22,6 +23,10 @@ from skipwise.errors import UserError
 from skipwise.planners.base import Allowance, Choice, planner
 from skipwise.skipping import Cut, cutting
 from skipwise.stand_ins import Stored
+
+
+class _EnoughError(Exception):
+    """Ends a forward whose states are known as far as they are needed."""
 
 
 @planner("greedy")
@@ -103,7 +108,7 @@ class Search:
         gone = set(gone)
         sums, count = dict.fromkeys(candidates, 0.0), 0
         for batch, target in zip(self.batches, self.targets, strict=True):
-            fronts = self._fronts(batch, gone)
+            fronts = self._fronts(batch, gone, max(candidates))
             for block in candidates:
                 harms = self.harm(batch, target, self._resume(batch, gone, block, fronts[block]))
                 sums[block] += float(harms.sum())
@@ -122,14 +127,16 @@ class Search:
         harms = torch.cat([self.harm(batch, target, batch.predictions(other)) for batch, target in pairs])
         return float(harms.mean())
 
-    def _fronts(self, batch: Batch, gone: set[int]) -> dict[int, Tensor]:
-        """Block -> the state (batch, length, width) in front of it, without those that are gone."""
+    def _fronts(self, batch: Batch, gone: set[int], last: int) -> dict[int, Tensor]:
+        """Block -> the state (batch, length, width) in front of it, without those that are gone, up to block `last`."""
         (stream,) = self.contract.stacks[self.stack].streams
         fronts: dict[int, Tensor] = {}
 
         def note(number: int, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
             signature = inspect.signature(type(module).forward)
             fronts[number] = bind(signature, module, args, kwargs)[stream.argument]
+            if number == last:
+                raise _EnoughError
 
         blocks = module_list(self.model, self.stack)
         handles = [
@@ -137,12 +144,12 @@ class Search:
             for number, block in enumerate(blocks)
         ]
         try:
-            with cutting(self.model, self.contract, self._cut(gone)):
+            with cutting(self.model, self.contract, self._cut(gone)), suppress(_EnoughError):
                 self.model(input_ids=batch.inputs)
         finally:
             for handle in handles:
                 handle.remove()
-        self.evaluated += len(fronts)
+        self.evaluated += len(fronts) - 1  # the last one did not run
         return fronts
 
     def _cut(self, gone: Collection[int]) -> Cut:
