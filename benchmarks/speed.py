@@ -46,6 +46,7 @@ from skipwise.plan import Plan
 from skipwise.planners.greedy import Search
 from skipwise.sampling import Statistics
 
+DELAYED = {"cache": "delayed"}
 SKIPPED = (3, 5)  # of the shapes' 8 blocks, a quarter
 
 
@@ -159,7 +160,7 @@ def plan(options: argparse.Namespace) -> Iterator[Row]:
         stats = [sw.generate(model, prompts.ids, plan=p, stop_at_eos=False, **given).stats for p in (chosen, None)]
         whole = ours(f"{mode}, all blocks", model, prompts, **given)
         fewer = ours(f"{mode}, 6 of 8", model, prompts, plan=chosen, **given)
-        (row,) = compare(whole, [fewer], Turns.of(options, 3, warmup=0), facts_of("LLaDA shape", prompts, gen, steps))
+        (row,) = compare(whole, [fewer], Turns.of(options, 7, warmup=0), facts_of("LLaDA shape", prompts, gen, steps))
         yield {
             **row,
             **block_ratio(model, chosen, 128 + gen),
@@ -176,7 +177,19 @@ def modes(options: argparse.Namespace) -> Iterator[Row]:
         exact = ours("exact", model, prompts, **given)
         threshold = ours("threshold 0.9", model, prompts, threshold=0.9, **given)
         yield from compare(exact, [threshold], Turns.of(options, 7), facts_of(name, prompts, 7, 7))
+    yield from agreements(options)
     yield from caches(options)
+
+
+def agreements(options: argparse.Namespace) -> Iterator[Row]:
+    """Caches of a trained model, which writes 24 tokens in one block: how many of them are those of exact decoding."""
+    model, tokenizer = sw.load("tiny-dllm")
+    prompts, gen = zoo_prompts(tokenizer, 64, False), 24
+    exact, *others = (
+        ours(mode, model, prompts, gen_length=gen, **more)
+        for mode, more in {**modes_of(model), "focus 4, refresh 8": {**DELAYED, "focus": 4, "refresh": 8}}.items()
+    )
+    yield from compare(exact, others, Turns.of(options, 3), facts_of("tiny-dllm", prompts, gen, gen))
 
 
 def caches(options: argparse.Namespace) -> Iterator[Row]:
@@ -188,7 +201,7 @@ def caches(options: argparse.Namespace) -> Iterator[Row]:
         sw.generate(model, prompts.ids, gen_length=32, steps=2, **more)
     runs = [ours(mode, model, prompts, gen_length=gen, block_length=32, **more) for mode, more in found.items()]
     facts = facts_of("LLaDA shape", prompts, gen, gen)
-    yield from compare(runs[0], runs[1:], Turns.of(options, 1, warmup=0), facts)
+    yield from compare(runs[0], runs[1:], Turns.of(options, 3, warmup=0), facts)
 
 
 # What else has to be quick
