@@ -49,6 +49,15 @@ def test_compiled_steps(name: str, settings: dict[str, Any]) -> None:
     assert not any(module._forward_hooks or "forward" in vars(module) for module in model.modules())
 
 
+@pytest.mark.parametrize("name", ["llada", "dream", "mdlm"])
+def test_compiled_steps_without_padding(name: str) -> None:
+    model = ROWS[name]()
+    given = {"gen_length": 4, "stop_at_eos": False, "seed": 1}
+    torch._dynamo.reset()
+    compiled = sw.generate(model, PROMPTS[1:2], compile=True, **given)
+    assert torch.equal(compiled.sequences, sw.generate(model, PROMPTS[1:2], **given).sequences)
+
+
 def test_what_cannot_be_compiled(monkeypatch: pytest.MonkeyPatch) -> None:
     model = ROWS["llada"]()
     with pytest.raises(sw.UserError, match="compat='llada' repeats the official arithmetic; leave out compile=True"):

@@ -27,8 +27,8 @@ def linear(module: nn.Module, x: Tensor) -> Tensor:
 
 def product(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """`F.linear`, where no gradient is wanted. x: (..., inputs); weight: (outputs, inputs); bias: (outputs,)."""
-    threads = 1 if torch.compiler.is_compiling() else torch.get_num_threads()
-    if not (PREFERRED and x.numel() * weight.shape[0] >= WORTH * threads and _suits(x, weight)):
+    work = x.numel() * weight.shape[0]
+    if work < WORTH or not (PREFERRED and work >= WORTH * _threads() and _suits(x, weight)):
         return F.linear(x, weight, bias)
     return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
 
@@ -51,6 +51,10 @@ class Onlooker:
 def watched(module: nn.Module) -> bool:
     """Whether a call of the module does more than its class says."""
     return bool(module._forward_hooks or module._forward_pre_hooks or "forward" in module.__dict__)
+
+
+def _threads() -> int:
+    return 1 if torch.compiler.is_compiling() else torch.get_num_threads()
 
 
 def _suits(x: Tensor, weight: Any) -> bool:
