@@ -8,6 +8,7 @@ from torch import nn
 
 import skipwise as sw
 from skipwise.blocks import find_contract
+from skipwise.models import linear
 from skipwise.plan import Phase, Plan
 from tests.tiny_models import ROWS
 
@@ -50,7 +51,12 @@ def test_compiled_steps(name: str, settings: dict[str, Any]) -> None:
 
 
 @pytest.mark.parametrize("name", ["llada", "dream", "mdlm"])
-def test_compiled_steps_without_padding(name: str) -> None:
+@pytest.mark.parametrize("everywhere", [False, True])
+def test_compiled_steps_without_padding(name: str, everywhere: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """everywhere: oneDNN makes all products, however small."""
+    if everywhere:
+        monkeypatch.setattr(linear, "PREFERRED", True)
+        monkeypatch.setattr(linear, "WORTH", 0)
     model = ROWS[name]()
     given = {"gen_length": 4, "stop_at_eos": False, "seed": 1}
     torch._dynamo.reset()

@@ -30,7 +30,22 @@ def product(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     work = x.numel() * weight.shape[0]
     if work < WORTH or not (PREFERRED and work >= WORTH * _threads() and _suits(x, weight)):
         return F.linear(x, weight, bias)
+    return (_opaque if torch.compiler.is_compiling() else _by_onednn)(x, weight, bias)
+
+
+def _by_onednn(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
+
+
+@torch.library.custom_op("skipwise::linear", mutates_args=())
+def _opaque(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """The same for torch's compiler, which takes that operator of weights that it froze and fails at others."""
+    return _by_onednn(x, weight, bias)
+
+
+@_opaque.register_fake
+def _(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    return x.new_empty(*x.shape[:-1], weight.shape[0])
 
 
 class Onlooker:
