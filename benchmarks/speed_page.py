@@ -30,8 +30,7 @@ ABOUT = {
     "hours; what a step costs does not depend on how many tokens it commits.",
     "exact": "## What each exact trick brings alone\n"
     "All of them but one, against all. Noise of candidates alone is drawn up to the last of them, as a generator "
-    "cannot be wound forward: it saves memory, not time. The tasks' answers "
-    "have no end of text: for the last row a digit was taken for it.",
+    "cannot be wound forward. The tasks' answers have no end of text: for the last row a digit was taken for it.",
     "plan": "## Under a plan\n"
     "The LLaDA shape without 2 of its 8 blocks, against the same mode with all. *Seconds left* is what is left of the "
     "time, beside what is left of the FLOPs by formula: of the blocks, of a forward with the head at every position, "
