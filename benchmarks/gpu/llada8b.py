@@ -58,7 +58,11 @@ COMPILED = (256, 1)  # new tokens and rows that are also compiled for, which tak
 TINY_WORKLOADS = [(64, 2, 4)]
 OFFICIAL = "official loop"
 # name -> settings of `skipwise.generate`
-OURS: dict[str, dict[str, Any]] = {"ours, exact": {}, "ours, dual cache": {"cache": "dual"}}
+OURS: dict[str, dict[str, Any]] = {
+    "ours, exact": {},
+    "ours, dual cache": {"cache": "dual"},
+    "ours, delayed cache, focus 8": {"cache": "delayed", "focus": 8},
+}
 QUOTED = {
     "source": "ES-dLLM, arXiv 2603.10088, on an H200: tokens a second as printed, not measured here",
     "llada-8b": 226.57,
