@@ -169,6 +169,17 @@ def test_who_only_looks_on_sees_every_layer(
     torch.testing.assert_close(*shown, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("name", ["llama", "qwen2"])
+@torch.no_grad()
+def test_a_decoder_that_looks_back(name: str) -> None:
+    """Autoregressive models, as an analysis runs them."""
+    model = ROWS[name]()
+    assert lean.is_lean(model.model, None)
+    torch.testing.assert_close(lean.run(model.model, IDS), stock(model, IDS, None), rtol=1e-5, atol=1e-5)
+    model.config.layer_types = ["sliding_attention"] * model.config.num_hidden_layers
+    assert not lean.is_lean(model.model, None)
+
+
 def test_training_and_other_attention_are_left_to_transformers(model: Any) -> None:
     assert not lean.is_lean(model.model, None), "gradients are on"
     with torch.no_grad():

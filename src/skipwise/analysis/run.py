@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -14,6 +15,8 @@ from skipwise.analysis.states import StateReader, outlier_channels
 from skipwise.analysis.statistics import Statistics
 from skipwise.blocks import Contract, module_list
 from skipwise.models import head_of, kind_of, mask_token
+from skipwise.models.lean import is_lean, run
+from skipwise.models.linear import watched
 from skipwise.sampling.denoiser import Denoiser, Step
 from skipwise.sampling.llada import LLaDASettings, decode
 
@@ -76,7 +79,13 @@ class Run:
 
     def _forward(self, ids: Tensor) -> None:
         """For what the reader takes of it: no logits where the model can be run without."""
-        self.model(input_ids=ids, **({"states": True} if head_of(self.model) else {}))
+        model: Any = self.model
+        if head_of(model):
+            model(input_ids=ids, states=True)
+        elif self.stack == "model.layers" and not watched(model) and is_lean(model.model, None):
+            run(model.model, ids)
+        else:
+            model(input_ids=ids)
 
     def _masked(self, batch: Batch, ids: Tensor, level: float) -> Tensor:
         return ids.masked_fill((batch.noise(self.seed) < level).to(self.device), mask_token(self.model))

@@ -51,7 +51,8 @@ class Parts(NamedTuple):
 
 def is_lean(trunk: Any, mask: Tensor | None) -> bool:
     """Whether `run` does what a call of this decoder does, now and with this mask."""
-    if type(trunk) not in TRUNKS or watched(trunk) or trunk.config._attn_implementation != "sdpa":
+    config = trunk.config if type(trunk) in TRUNKS and not watched(trunk) else None
+    if config is None or config._attn_implementation != "sdpa" or _slides(config):
         return False
     device = trunk.norm.weight.device.type
     plainly = not (torch.is_grad_enabled() or trunk.training or torch.is_autocast_enabled(device))
@@ -69,7 +70,8 @@ def run(
     """The decoder's last states (rows, length, width); at `where` alone, (n, width).
 
     mask: of the keys, bool (rows, 1, 1, keys); None where nothing is padding. past: as the decoder takes it; numbers:
-    its position_ids (1 or rows, length), which go on from the past when left out.
+    its position_ids (1 or rows, length), which go on from the past when left out. A decoder that looks back alone takes
+    no mask, no past and no `where`.
     """
     parts = [_parts(layer) for layer in trunk.layers]
     x = trunk.embed_tokens(input_ids)
@@ -82,6 +84,11 @@ def run(
     if where is not None and x.ndim == 3:
         x = x[where]
     return _norm(trunk.norm, x) if _is(trunk.norm, NORMS) else trunk.norm(x)
+
+
+def _slides(config: Any) -> bool:
+    """Whether some layers look no further than a window."""
+    return "sliding_attention" in (getattr(config, "layer_types", None) or ())
 
 
 def quickly(alone: bool) -> Any:
@@ -180,7 +187,7 @@ def _attend(
     value = _linear(parts.value, x).unflatten(-1, (-1, width)).transpose(1, 2)
     if past is not None:
         key, value = past.update(key, value, attention.layer_idx)
-    mixed, _ = sdpa_attention_forward(attention, query, key, value, mask, scaling=attention.scaling, is_causal=False)
+    mixed, _ = sdpa_attention_forward(attention, query, key, value, mask, scaling=attention.scaling)
     mixed = mixed.flatten(2)
     if where is not None:
         mixed = mixed[0] if alone else mixed[where]
