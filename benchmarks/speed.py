@@ -44,7 +44,6 @@ from skipwise.examples import Size
 from skipwise.files import write_atomically
 from skipwise.plan import Plan
 from skipwise.planners.greedy import Search
-from skipwise.sampling import Statistics
 
 DELAYED = {"cache": "delayed"}
 SKIPPED = (3, 5)  # of the shapes' 8 blocks, a quarter
@@ -139,11 +138,6 @@ def block_ratio(model: Any, plan: Plan, tokens: int) -> Row:
     return {"left_block_flops": 1 - cost.saved_block_flops, "left_all_in_flops": 1 - cost.saved_all_in_flops}
 
 
-def taken(stats: Statistics) -> int:
-    """FLOPs as they happened."""
-    return stats.all_in_flops - stats.spared_flops
-
-
 def quarter(model: Any) -> Plan:
     contract = find_contract(model)
     return Plan.static(contract.shape, {contract.main_stack: SKIPPED})
@@ -164,7 +158,7 @@ def plan(options: argparse.Namespace) -> Iterator[Row]:
         yield {
             **row,
             **block_ratio(model, chosen, 128 + gen),
-            "left_flops_as_happened": round(taken(stats[0]) / taken(stats[1]), 4),
+            "left_flops_as_happened": round(stats[0].taken_flops / stats[1].taken_flops, 4),
         }
 
 

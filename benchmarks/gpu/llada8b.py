@@ -136,7 +136,7 @@ def first_run(work: Workload, contender: Contender) -> None:
         contender.flops = work.steps * len(work.ids) * work.price(contender.plan).flops
     else:
         contender.tokens, contender.forwards = out.sequences, out.stats.forwards
-        contender.flops = out.stats.all_in_flops - out.stats.spared_flops
+        contender.flops = out.stats.taken_flops
 
 
 def timed(call: Callable[[], object]) -> float:

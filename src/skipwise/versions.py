@@ -1,7 +1,8 @@
-"""The versions that a result depends on."""
+"""The versions and the processor that a result depends on."""
 
 import platform
 from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
 
 PACKAGES = ("skipwise", "torch", "transformers", "diffusers")
 
@@ -15,3 +16,12 @@ def versions() -> dict[str, str]:
         except PackageNotFoundError:
             continue
     return found
+
+
+def told_of_processor(field: str) -> str:
+    """What Linux says of the processor under this name, such as "model name"; elsewhere nothing."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return ""
+    return next((line.partition(":")[2].strip() for line in lines if line.startswith(field)), "")

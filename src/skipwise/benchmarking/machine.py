@@ -3,12 +3,11 @@
 import platform
 import sys
 from datetime import UTC, datetime
-from pathlib import Path
 
 import torch
 
 from skipwise.benchmarking.result import Machine
-from skipwise.versions import versions
+from skipwise.versions import told_of_processor, versions
 
 
 def machine(device: torch.device) -> Machine:
@@ -25,9 +24,4 @@ def machine(device: torch.device) -> Machine:
 
 def processor() -> str:
     """The processor's name, where the system tells it."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        lines = []
-    named = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
-    return next(named, "") or platform.processor() or platform.machine()
+    return told_of_processor("model name") or platform.processor() or platform.machine()

@@ -136,7 +136,7 @@ class Work:
             peak_bytes=first.peak,
             block_flops=first.stats.block_flops,
             all_in_flops=first.stats.all_in_flops,
-            share_of_matrix_rate=(first.stats.all_in_flops - first.stats.spared_flops) / took / ceiling.matrix_flops,
+            share_of_matrix_rate=first.stats.taken_flops / took / ceiling.matrix_flops,
             share_of_bandwidth=forwards * self.bytes_read(mode.plan) / took / ceiling.bandwidth,
         )
 

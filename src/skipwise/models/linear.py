@@ -8,12 +8,13 @@ take 45% of MKL's time, and the few rows that a head is asked for, against a who
 
 import platform
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+
+from skipwise.versions import told_of_processor
 
 WORTH = 1_500_000  # multiplications a thread that make up for the longer way into oneDNN (10 microseconds)
 
@@ -89,11 +90,7 @@ def _callable() -> bool:
 
 
 def _vendor() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        return platform.processor()
-    return next((line.partition(":")[2].strip() for line in lines if line.startswith("vendor_id")), "")
+    return told_of_processor("vendor_id") or platform.processor()
 
 
 PREFERRED = prefers_onednn()

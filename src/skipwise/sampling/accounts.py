@@ -82,7 +82,6 @@ def _outside(forward: Forward, prices: Prices) -> int:
 
 def account(denoiser: Denoiser) -> Shares:
     """The share of each model that a denoiser ran."""
-
     lengths = {forward.keys for forward in denoiser.forwards}
 
     def prices(name: str | None, tokens: int) -> Prices:

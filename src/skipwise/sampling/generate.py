@@ -43,6 +43,11 @@ class Statistics:
     warmup_seconds: float = 0.0
     spared_flops: int = 0
 
+    @property
+    def taken_flops(self) -> int:
+        """All-in FLOPs, less what the last block was spared."""
+        return self.all_in_flops - self.spared_flops
+
 
 @dataclass(frozen=True)
 class Generated:
