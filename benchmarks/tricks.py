@@ -42,15 +42,15 @@ def every_logit() -> AbstractContextManager[Any]:
 def wide_last_block() -> AbstractContextManager[Any]:
     """The last block runs all positions."""
 
-    def wide(trunk: Any, ids: Tensor, mask: Any, past: Any, where: Any = None, numbers: Any = None) -> Tensor:
-        return kept(run(trunk, ids, mask, past, None, numbers), where)
+    def wide(trunk: Any, ids: Tensor, mask: Any, past: Any, where: Any, *others: Any) -> Tensor:
+        return kept(run(trunk, ids, mask, past, None, *others), where)
 
-    return patch.multiple(bidirectional, run=wide, narrows=lambda trunk: False)
+    return patch.object(bidirectional, "run", wide)
 
 
 def long_forward() -> AbstractContextManager[Any]:
     """transformers' own forward of the decoder."""
-    return patch.multiple(bidirectional, is_lean=lambda *_: False, narrows=lambda trunk: False)
+    return patch.object(bidirectional, "is_lean", lambda *_: False)
 
 
 def default_products() -> AbstractContextManager[Any]:

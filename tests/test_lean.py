@@ -13,6 +13,7 @@ from skipwise.analysis.states import StateReader
 from skipwise.blocks import find_contract
 from skipwise.cost import Meter
 from skipwise.models import lean
+from skipwise.models.workspace import Workspace
 from skipwise.plan import Plan
 from skipwise.sampling.cache import Stored
 from skipwise.skipping import skip
@@ -156,9 +157,10 @@ def test_who_only_looks_on_sees_every_layer(
     with reader.reading():
         expected = stock(model, ids, key_mask(mask))
         streams = reader.take()
-        assert not model.narrows(where), "the last layer's states are wanted everywhere"
         monkeypatch.setattr(type(model.model.layers[0]), "forward", None)
-        found = lean.run(model.model, ids, key_mask(mask), where=where)
+        space = Workspace()
+        found = lean.run(model.model, ids, key_mask(mask), where=where, space=space)
+        assert not space.narrowed, "the last layer's states are wanted everywhere"
         seen = reader.take()
     at = torch.ones_like(ids, dtype=torch.bool) if mask is None else mask.bool()
     assert len(seen) == len(streams) == 5
@@ -216,10 +218,10 @@ def test_under_a_plan(name: str, skipped: tuple[int, ...]) -> None:
     model = ROWS[name]()
     (stack,) = find_contract(model).stacks
     with skip(model, Plan.static(find_contract(model).shape, {stack: skipped})):
-        assert model.narrows(WHERE) == (len(skipped) < 4)
         rows, positions = WHERE
-        whole = model.states(IDS)[rows, positions]
-        torch.testing.assert_close(model.states(IDS, None, WHERE), whole, rtol=1e-5, atol=1e-5)
+        whole, space = model.states(IDS)[rows, positions], Workspace()
+        torch.testing.assert_close(model.states(IDS, None, WHERE, space=space), whole, rtol=1e-5, atol=1e-5)
+        assert space.narrowed == (len(skipped) < 4)
 
 
 @pytest.mark.parametrize("name", [*NAMES, "mdlm"])
@@ -242,7 +244,6 @@ def test_generate_with_and_without(model: Any, monkeypatch: pytest.MonkeyPatch) 
     given = {"attention_mask": PRESENT, "gen_length": 12, "block_length": 4, "family": "llada", "stop_at_eos": False}
     short = sw.generate(model, IDS, **given)
     monkeypatch.setattr("skipwise.models.bidirectional.is_lean", lambda *_: False)
-    monkeypatch.setattr("skipwise.models.bidirectional.narrows", lambda *_: False)
     plain = sw.generate(model, IDS, **given)
     assert torch.equal(short.sequences, plain.sequences)
     assert short.stats.all_in_flops == plain.stats.all_in_flops

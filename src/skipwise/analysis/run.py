@@ -15,8 +15,8 @@ from skipwise.analysis.states import StateReader, outlier_channels
 from skipwise.analysis.statistics import Statistics
 from skipwise.blocks import Contract, module_list
 from skipwise.models import head_of, kind_of, mask_token
+from skipwise.models.hooks import watched
 from skipwise.models.lean import is_lean, run
-from skipwise.models.linear import watched
 from skipwise.sampling.denoiser import Denoiser, Step
 from skipwise.sampling.llada import LLaDASettings, decode
 

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from skipwise.analysis.sums import Sums
 from skipwise.blocks import Stack, bind, module_list
 from skipwise.errors import UserError
-from skipwise.models.linear import Onlooker
+from skipwise.models.hooks import Onlooker
 
 _EPSILON = 1e-24  # of a squared norm
 _FEWEST = 32  # tokens that are looked at at once

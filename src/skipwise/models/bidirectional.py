@@ -5,7 +5,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from skipwise.models.lean import is_lean, narrows, run, spared
+from skipwise.models.lean import is_lean, run, spared
+from skipwise.models.workspace import Workspace
 
 LEAN = ("past_key_values", "position_ids")  # what `run` takes of what a decoder does
 Where = Tensor | tuple[Tensor, Tensor]  # bool (rows, length), or its indices: rows (n,) and positions (n,)
@@ -26,15 +27,17 @@ class Bidirectional:
     def states(
         self, input_ids: Tensor, attention_mask: Tensor | None = None, where: Where | int | None = None, **others: Any
     ) -> Tensor:
-        """What the head makes logits of: (rows, length, width), or at `where` alone, as `kept` says."""
+        """What the head makes logits of: (rows, length, width), or at `where` alone, as `kept` says.
+
+        Of rows and positions the last block may run those alone. space: a `Workspace`; others: as the decoder takes
+        them.
+        """
         return self._run(input_ids, attention_mask, where, **others)
 
-    def narrows(self, where: Where | int | None) -> bool:
-        """Whether `states` at `where` would run the last block there alone."""
-        return isinstance(where, tuple) and narrows(self.model)  # type: ignore[attr-defined]
-
     def spared(self, rows: int, keys: int) -> int:
-        """FLOPs that this spares, for every other position, in a forward of so many rows whose positions see `keys`."""
+        """FLOPs that a narrow last block spares for every other position, in a forward of so many rows whose positions
+        see `keys`.
+        """
         return spared(self.model, rows, keys)  # type: ignore[attr-defined]
 
     @property
@@ -43,7 +46,12 @@ class Bidirectional:
         return self.lm_head  # type: ignore[attr-defined]
 
     def _run(
-        self, input_ids: Tensor, attention_mask: Tensor | None, where: Where | int | None, **others: Any
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None,
+        where: Where | int | None,
+        space: Workspace | None = None,
+        **others: Any,
     ) -> Tensor:
         """The decoder's states at `where`."""
         trunk: Any = self.model  # type: ignore[attr-defined]
@@ -51,8 +59,8 @@ class Bidirectional:
         if not {k for k, v in others.items() if v is not None} <= set(LEAN) or not is_lean(trunk, mask):
             return kept(trunk(input_ids, attention_mask=mask, **others).last_hidden_state, where)
         if isinstance(where, tuple):
-            return run(trunk, input_ids, mask, past, where, numbers)
-        return kept(run(trunk, input_ids, mask, past, numbers=numbers), where)
+            return run(trunk, input_ids, mask, past, where, numbers, space)
+        return kept(run(trunk, input_ids, mask, past, None, numbers, space), where)
 
 
 def key_mask(attention_mask: Tensor | None, config: Any) -> Tensor | None:

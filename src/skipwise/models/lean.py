@@ -20,7 +20,9 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.models.llama import modeling_llama as llama
 from transformers.models.qwen2 import modeling_qwen2 as qwen2
 
-from skipwise.models.linear import Onlooker, product, watched
+from skipwise.models.hooks import Onlooker, watched
+from skipwise.models.linear import product
+from skipwise.models.workspace import Workspace
 
 Rotary = tuple[Tensor, Tensor]  # cosine and sine, (1 or rows, length, head width) each
 Places = tuple[Tensor, Tensor]  # rows (n,) and positions (n,)
@@ -30,7 +32,21 @@ LAYERS = (llama.LlamaDecoderLayer, qwen2.Qwen2DecoderLayer)
 NORMS = (llama.LlamaRMSNorm, qwen2.Qwen2RMSNorm)
 ATTENTIONS = (llama.LlamaAttention, qwen2.Qwen2Attention)
 MLPS = (llama.LlamaMLP, qwen2.Qwen2MLP)
+ROTARIES = (llama.LlamaRotaryEmbedding, qwen2.Qwen2RotaryEmbedding)
 WIDE = (torch.float32, torch.float64)
+SPREAD = 2**16  # numbers of a rotary table that fits into a core's cache beside what it turns
+
+
+class Shared(NamedTuple):
+    """What all layers of a forward share. numbers: of the positions; table and rotary: what turns heads there, as
+    transformers' layers take it and as `signed` gives it; mask: of the keys; past: what is stored.
+    """
+
+    numbers: Tensor
+    table: Rotary
+    rotary: Rotary
+    mask: Tensor | None
+    past: Cache | None
 
 
 class Parts(NamedTuple):
@@ -66,24 +82,45 @@ def run(
     past: Cache | None = None,
     where: Places | None = None,
     numbers: Tensor | None = None,
+    space: Workspace | None = None,
 ) -> Tensor:
     """The decoder's last states (rows, length, width); at `where` alone, (n, width).
 
     mask: of the keys, bool (rows, 1, 1, keys); None where nothing is padding. past: as the decoder takes it; numbers:
     its position_ids (1 or rows, length), which go on from the past when left out. A decoder that looks back alone takes
-    no mask, no past and no `where`.
+    no mask, no past and no `where`. space: of a decoder that nobody changes between the forwards that share it.
     """
-    parts = [_parts(layer) for layer in trunk.layers]
+    space = Workspace() if space is None else space
+    parts = space.kept.get("parts") or [_parts(layer) for layer in trunk.layers]
+    if None not in parts:  # what is called may do anything
+        space.kept["parts"] = parts
     x = trunk.embed_tokens(input_ids)
-    if numbers is None:
-        begin = 0 if past is None else past.get_seq_length()
-        numbers = torch.arange(begin, begin + x.shape[1], device=x.device)[None]
-    table = trunk.rotary_emb(x, numbers)
+    shared = Shared(*_positions(trunk, x, numbers, past, space), mask, past)
     with quickly(None not in parts and not any(layer._forward_hooks for layer in trunk.layers)):
-        x = _through(list(zip(trunk.layers, parts, strict=True)), x, numbers, table, mask, past, where)
-    if where is not None and x.ndim == 3:
+        x = _through(list(zip(trunk.layers, parts, strict=True)), x, shared, where)
+    space.narrowed = where is not None and x.ndim == 2
+    if where is not None and not space.narrowed:
         x = x[where]
     return _norm(trunk.norm, x) if _is(trunk.norm, NORMS) else trunk.norm(x)
+
+
+def _positions(
+    trunk: Any, x: Tensor, numbers: Tensor | None, past: Cache | None, space: Workspace
+) -> tuple[Tensor, Rotary, Rotary]:
+    """As `_turning`, of `numbers` or else of the positions that follow the past, which are kept."""
+    if numbers is not None:
+        return _turning(trunk, x, numbers)
+    begin, length = 0 if past is None else past.get_seq_length(), x.shape[1]
+    following = torch.arange(begin, begin + length, device=x.device)[None]
+    if not _is(trunk.rotary_emb, ROTARIES) or trunk.rotary_emb.rope_type != "default":
+        return _turning(trunk, x, following)  # others may depend on what they have seen
+    return space.keep((begin, length), lambda: _turning(trunk, x, following))
+
+
+def _turning(trunk: Any, x: Tensor, numbers: Tensor) -> tuple[Tensor, Rotary, Rotary]:
+    """Positions, and what turns heads there: as transformers' layers take it and as `signed` gives it."""
+    table = trunk.rotary_emb(x, numbers)
+    return numbers, table, signed(table, trunk.config.num_attention_heads)
 
 
 def _slides(config: Any) -> bool:
@@ -99,33 +136,18 @@ def quickly(alone: bool) -> Any:
     return torch.inference_mode() if alone and not torch.compiler.is_compiling() else nullcontext()
 
 
-def _through(
-    layers: list[tuple[Any, "Parts | None"]],
-    x: Tensor,
-    numbers: Tensor,
-    table: Rotary,
-    mask: Tensor | None,
-    past: Cache | None,
-    where: Places | None,
-) -> Tensor:
+def _through(layers: list[tuple[Any, "Parts | None"]], x: Tensor, shared: "Shared", where: Places | None) -> Tensor:
     """The stream behind the last of the layers."""
-    rotary = signed(table)
+    named = {"attention_mask": shared.mask, "position_ids": shared.numbers, "past_key_values": shared.past}
     for i, (layer, parts) in enumerate(layers):
         if parts is not None:
             narrow = i == len(layers) - 1 and not layer._forward_hooks
-            before, x = x, _block(parts, x, rotary, mask, past, where if narrow else None)
+            before, x = x, _block(parts, x, shared, where if narrow else None)
             for look in layer._forward_hooks.values():
                 look(layer, (before,), {}, x)
         else:
-            others = {"position_ids": numbers, "position_embeddings": table, "past_key_values": past}
-            x = layer(x, attention_mask=mask, use_cache=False, **others)
+            x = layer(x, position_embeddings=shared.table, use_cache=False, **named)
     return x
-
-
-def narrows(trunk: Any) -> bool:
-    """Whether `run` would run the last block for the wanted positions alone."""
-    last = trunk.layers[-1] if len(trunk.layers) else None
-    return last is not None and is_lean(trunk, None) and not last._forward_hooks and _parts(last) is not None
 
 
 def spared(trunk: Any, rows: int, keys: int) -> int:
@@ -164,30 +186,26 @@ def _parts(layer: Any) -> Parts | None:
     return Parts(*norms, attention, mixing["act_fn"], *linears)
 
 
-def _block(
-    parts: Parts, x: Tensor, rotary: Rotary, mask: Tensor | None, past: Cache | None, where: Places | None
-) -> Tensor:
+def _block(parts: Parts, x: Tensor, shared: Shared, where: Places | None) -> Tensor:
     """What the layer makes of its stream (rows, length, width); at `where` alone, (n, width)."""
-    attended = _attend(parts, _norm(parts.first_norm, x), rotary, mask, past, where)
+    attended = _attend(parts, _norm(parts.first_norm, x), shared, where)
     x = attended.add_(x if where is None else x[where])
     normed = _norm(parts.second_norm, x)
     hidden = parts.activation(_linear(parts.gate, normed)).mul_(_linear(parts.up, normed))
     return _linear(parts.down, hidden).add_(x)
 
 
-def _attend(
-    parts: Parts, x: Tensor, rotary: Rotary, mask: Tensor | None, past: Cache | None, where: Places | None
-) -> Tensor:
-    attention, width, asking, turns = parts.attention, parts.attention.head_dim, x, rotary
+def _attend(parts: Parts, x: Tensor, shared: Shared, where: Places | None) -> Tensor:
+    attention, width, asking, turns = parts.attention, parts.attention.head_dim, x, shared.rotary
     alone = len(x) == 1  # rows of a batch may ask for unequally many positions
     if where is not None and alone:
-        asking, turns = x[:, where[1]], (rotary[0][:, where[1]], rotary[1][:, where[1]])
+        asking, turns = x[:, where[1]], (turns[0][:, where[1]], turns[1][:, where[1]])
     query = _rotated(_linear(parts.query, asking).unflatten(-1, (-1, width)), turns)
-    key = _rotated(_linear(parts.key, x).unflatten(-1, (-1, width)), rotary)
+    key = _rotated(_linear(parts.key, x).unflatten(-1, (-1, width)), shared.rotary)
     value = _linear(parts.value, x).unflatten(-1, (-1, width)).transpose(1, 2)
-    if past is not None:
-        key, value = past.update(key, value, attention.layer_idx)
-    mixed, _ = sdpa_attention_forward(attention, query, key, value, mask, scaling=attention.scaling)
+    if shared.past is not None:
+        key, value = shared.past.update(key, value, attention.layer_idx)
+    mixed, _ = sdpa_attention_forward(attention, query, key, value, shared.mask, scaling=attention.scaling)
     mixed = mixed.flatten(2)
     if where is not None:
         mixed = mixed[0] if alone else mixed[where]
@@ -207,14 +225,23 @@ def _norm(module: Any, x: Tensor) -> Tensor:
 
 def _rotated(x: Tensor, rotary: Rotary) -> Tensor:
     """x (rows, length, heads, head width) turned by its positions, as attention takes it: (rows, heads, length, ...)"""
-    cosine, sine = rotary
+    heads = x.shape[2]
+    cosine, sine = (table[:, :, :heads] for table in rotary)
     other = x.roll(x.shape[-1] // 2, -1)
     turned = torch.addcmul(x * cosine, other, sine) if x.dtype in WIDE else x * cosine + other * sine
     return turned.transpose(1, 2)
 
 
-def signed(table: Rotary) -> Rotary:
-    """The table (..., length, 1, head width) for halves that are swapped, where transformers negates one, too."""
-    cosine, sine = table
+def signed(table: Rotary, heads: int = 1) -> Rotary:
+    """The table (..., length, 1 or heads, head width) for halves that are swapped, where transformers negates one."""
+    cosine, sine = (values[..., None, :] for values in table)
     half = sine.shape[-1] // 2
-    return cosine[:, :, None], torch.cat([-sine[..., :half], sine[..., half:]], -1)[:, :, None]
+    return spread(cosine, heads), spread(torch.cat([-sine[..., :half], sine[..., half:]], -1), heads)
+
+
+def spread(table: Tensor, heads: int) -> Tensor:
+    """A small table (..., 1, head width) written out for every head, (..., heads, head width).
+
+    A product with it then takes half the time that one takes which repeats it as it goes.
+    """
+    return table.repeat_interleave(heads, -2) if table.numel() * heads <= SPREAD else table

@@ -7,16 +7,16 @@ take 45% of MKL's time, and the few rows that a head is asked for, against a who
 """
 
 import platform
-from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from skipwise.models.hooks import watched
 from skipwise.versions import told_of_processor
 
-WORTH = 1_500_000  # multiplications a thread that make up for the longer way into oneDNN (10 microseconds)
+WORTH = 1_000_000  # multiplications a thread that make up for the longer way into oneDNN (10 microseconds)
 
 
 def linear(module: nn.Module, x: Tensor) -> Tensor:
@@ -47,26 +47,6 @@ def _opaque(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 @_opaque.register_fake
 def _(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     return x.new_empty(*x.shape[:-1], weight.shape[0])
-
-
-class Onlooker:
-    """A hook behind a module that looks at what it was given and has made, and changes nothing.
-
-    Who does a module's work without calling it can call such a hook all the same: as torch does one that is registered
-    with keyword arguments, `look(module, args, kwargs, result)`.
-    """
-
-    def __init__(self, look: Callable[[nn.Module, tuple, dict[str, Any], Any], None]):
-        self.look = look
-
-    def __call__(self, module: nn.Module, args: tuple, kwargs: dict[str, Any], result: Any) -> None:
-        """Look, and give nothing back that would take the result's place."""
-        self.look(module, args, kwargs, result)
-
-
-def watched(module: nn.Module) -> bool:
-    """Whether a call of the module does more than its class says."""
-    return bool(module._forward_hooks or module._forward_pre_hooks or "forward" in module.__dict__)
 
 
 def _threads() -> int:

@@ -17,13 +17,16 @@ from transformers import Cache, PreTrainedConfig, PreTrainedModel
 from transformers.modeling_outputs import MaskedLMOutput
 
 from skipwise.models.bidirectional import Where, kept
-from skipwise.models.lean import Places, quickly
-from skipwise.models.linear import linear, watched
+from skipwise.models.hooks import watched
+from skipwise.models.lean import Places, quickly, spread
+from skipwise.models.linear import linear
 from skipwise.models.official import check_official
+from skipwise.models.workspace import Workspace
 
 FREQUENCIES = 256  # of the sinusoidal embedding of sigma
 ROTARY_BASE = 10000.0
 Store = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
+Modulation = tuple[Tensor, ...]
 KEY_MAPPING = {r"^backbone\.": ""}
 _KEYS = ("model_length", "vocab_size", "hidden_dim", "cond_dim", "n_blocks", "n_heads", "dropout", "time_conditioning")
 
@@ -97,8 +100,8 @@ class _SigmaEmbedding(nn.Module):
         return self.mlp(torch.cat([angles.cos(), angles.sin()], dim=-1).to(cast(nn.Linear, self.mlp[0]).weight.dtype))
 
 
-def _modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
-    return torch.addcmul(shift, x, 1 + scale)
+def _modulate(x: Tensor, shift: Tensor, factor: Tensor) -> Tensor:
+    return torch.addcmul(shift, x, factor)
 
 
 def _rotate(x: Tensor, cosine: Tensor, sine: Tensor) -> Tensor:
@@ -127,25 +130,37 @@ class MDLMBlock(nn.Module):
         attention_mask: Tensor | None = None,
         store: Store | None = None,
         where: Places | None = None,
+        modulation: Modulation | None = None,
     ) -> Tensor:
-        """x: (batch, length, width); rotary: two (..., length, head width); conditioning: (batch, cond_dim); mask:
-        bool.
+        """x: (batch, length, width); rotary: as the model's `_table`; conditioning: (batch, cond_dim); mask: bool.
 
         store: takes the keys and values of x, (batch, heads, length, head width), and gives those that x attends to.
-        where: rows and positions (n,) whose output alone is wanted, (n, width).
+        where: rows and positions (n,) whose output alone is wanted, (n, width). modulation: what `modulation` makes of
+        the conditioning, where that is known.
         """
-        modulation = self.adaLN_modulation(conditioning)[:, None].chunk(6, dim=-1)
-        shift_attention, scale_attention, gate_attention, *after = modulation
-        normed = _modulate(self.norm1(x), shift_attention, scale_attention)
+        if modulation is None:
+            modulation = self.modulation(conditioning)
+        shift_attention, factor_attention, gate_attention, *after = modulation
+        normed = _modulate(self.norm1(x), shift_attention, factor_attention)
         attended = self._attend(normed, rotary, attention_mask, store)
         if where is not None:
             x, attended = x[where], attended[where]
-            gate_attention, *after = (part[where[0], 0] for part in (gate_attention, *after))
-        shift_mlp, scale_mlp, gate_mlp = after
+            # what is alike for all rows is of one
+            gate_attention, *after = (
+                part[0] if len(part) == 1 else part[where[0], 0] for part in (gate_attention, *after)
+            )
+        shift_mlp, factor_mlp, gate_mlp = after
         x = torch.addcmul(x, gate_attention, self._drop(linear(self.attn_out, attended)))
         up, activation, down = self.mlp
-        hidden = activation(linear(up, _modulate(self.norm2(x), shift_mlp, scale_mlp)))
+        hidden = activation(linear(up, _modulate(self.norm2(x), shift_mlp, factor_mlp)))
         return torch.addcmul(x, gate_mlp, self._drop(linear(down, hidden)))
+
+    def modulation(self, conditioning: Tensor) -> Modulation:
+        """What conditioning (batch, cond_dim) does in the block: shift, factor, gate of attention and of MLP, (batch,
+        1, width) each.
+        """
+        shift, scale, gate, *mlp = self.adaLN_modulation(conditioning)[:, None].chunk(6, dim=-1)
+        return shift, 1 + scale, gate, mlp[0], 1 + mlp[1], mlp[2]
 
     def _attend(
         self, x: Tensor, rotary: tuple[Tensor, Tensor], attention_mask: Tensor | None, store: Store | None
@@ -153,8 +168,8 @@ class MDLMBlock(nn.Module):
         """What the heads gather, (batch, length, width); `attn_out` is still to come."""
         batch, length, width = x.shape
         heads = linear(self.attn_qkv, x).view(batch, length, 3, self.heads, width // self.heads)
-        heads = heads.permute(2, 0, 3, 1, 4)  # (3, batch, heads, length, head width)
-        (query, key), value = _rotate(heads[:2].float(), *rotary).to(x.dtype).unbind(0), heads[2]
+        turned = _rotate(heads[:, :, :2].float(), *rotary).to(x.dtype).transpose(1, 3)
+        query, key, value = *turned.unbind(2), heads[:, :, 2].transpose(1, 2)  # (batch, heads, length, head width)
         if store is not None:
             key, value = store(key, value)
         out = F.scaled_dot_product_attention(query, key, value, attn_mask=attention_mask)
@@ -171,21 +186,24 @@ class _OutputLayer(nn.Module):
         self.linear = nn.Linear(config.hidden_dim, config.vocab_size)
         self.adaLN_modulation = nn.Linear(config.cond_dim, 2 * config.hidden_dim)
 
-    def states(self, x: Tensor, conditioning: Tensor, rows: Tensor | None = None) -> Tensor:
+    def modulation(self, conditioning: Tensor) -> Modulation:
+        """Shift and factor (batch, width) each."""
+        shift, scale = self.adaLN_modulation(conditioning).chunk(2, dim=-1)
+        return shift, 1 + scale
+
+    def states(self, x: Tensor, modulation: Modulation, rows: Tensor | None = None) -> Tensor:
         """What `linear` makes logits of. rows: of which each x (n, width) is; without them, x has the batch's."""
-        halves = self.adaLN_modulation(conditioning).chunk(2, dim=-1)
-        shift, scale = (half[:, None] if rows is None else half[rows] for half in halves)
-        return _modulate(self.norm_final(x), shift, scale)
+        alike = len(modulation[0]) == 1
+        shift, factor = (part if alike else part[:, None] if rows is None else part[rows] for part in modulation)
+        return _modulate(self.norm_final(x), shift, factor)
 
     def forward(self, x: Tensor, conditioning: Tensor) -> Tensor:
-        return self.linear(self.states(x, conditioning))
+        return self.linear(self.states(x, self.modulation(conditioning)))
 
 
 def _bare(block: nn.Module) -> bool:
     """Whether nothing is in the way of the block's own forward."""
-    parts, mlp = block._modules, block._modules.get("mlp")
-    inner = () if mlp is None else mlp._modules.values()
-    return type(block) is MDLMBlock and not any(map(watched, (block, *parts.values(), *inner)))
+    return type(block) is MDLMBlock and not any(map(watched, block.modules()))
 
 
 class MDLM(PreTrainedModel):
@@ -238,13 +256,14 @@ class MDLM(PreTrainedModel):
         states: bool = False,
         past_key_values: Cache | None = None,
         position_ids: Tensor | None = None,
+        space: Workspace | None = None,
     ) -> Any:
         """One forward; see the class for shapes. logits_to_keep: a bool mask (batch, length), whose logits are (n,
         vocab_size), row by row; positions (k,) or (batch, k); or the last n positions; 0 is all. states: return what
         `self.states` does, at logits_to_keep, instead of logits.
         """
-        more: Any = {"sigma": sigma, "past_key_values": past_key_values, "position_ids": position_ids}
-        found = self.states(input_ids, attention_mask, logits_to_keep, **more)
+        stored: Any = {"past_key_values": past_key_values, "position_ids": position_ids}
+        found = self.states(input_ids, attention_mask, logits_to_keep, sigma=sigma, space=space, **stored)
         return found if states else MaskedLMOutput(logits=self.head(found))
 
     def states(
@@ -256,41 +275,72 @@ class MDLM(PreTrainedModel):
         sigma: Tensor | None = None,
         past_key_values: Cache | None = None,
         position_ids: Tensor | None = None,
+        space: Workspace | None = None,
     ) -> Tensor:
         """What the head makes logits of: (batch, length, hidden_dim), or at `where` alone.
 
         past_key_values: stores keys and values as transformers' decoders do; attention still looks both ways.
-        position_ids: (batch, length), those that follow what is stored when left out.
+        position_ids: (batch, length), those that follow what is stored when left out. space: of a model that nobody
+        changes between the forwards that share it.
         """
         x = self.vocab_embed(input_ids)
-        if sigma is None or not self.config.time_conditioning:
-            sigma = torch.zeros(len(input_ids), device=x.device)
-        conditioning = F.silu(self.sigma_map(sigma))
-        if position_ids is None:
-            begin = 0 if past_key_values is None else past_key_values.get_seq_length()
-            rotary = self._rotary(torch.arange(begin, begin + input_ids.shape[1], device=x.device))
-        else:
-            rotary = self._rotary(position_ids[:, None])  # of all heads
+        rotary = self._rotary(x, past_key_values, position_ids, space)
+        bare = self._bare(space)
+        conditioning, modulations = self._conditioning(x, sigma, space if bare else None)
         if attention_mask is not None and attention_mask.ndim == 2:
             attention_mask = attention_mask.bool()[:, None, None, :]
-        narrowed = self.narrows(where)
-        with quickly(narrowed and all(map(_bare, self.blocks))):
+        narrowed = self._narrows(where, bare)
+        with quickly(narrowed and bare):
             for number, block in enumerate(self.blocks):
-                # without a cache blocks see no argument for it, so that stand-ins and hooks see the same call as ever
-                more: Any = {}
+                # what is not needed is no argument, so that stand-ins and hooks see the same call as ever
+                more: Any = {"modulation": modulations[number]} if modulations else {}
                 if past_key_values is not None:
                     more["store"] = partial(past_key_values.update, layer_idx=number)
                 if narrowed and number == len(self.blocks) - 1:
                     more["where"] = where
                 x = block(x, rotary, conditioning, attention_mask, **more)
+        last = modulations[-1] if modulations else self.output_layer.modulation(conditioning)
+        if space is not None:
+            space.narrowed = narrowed
         if not narrowed:
-            return kept(self.output_layer.states(x, conditioning), where)
-        return self.output_layer.states(x, conditioning, cast(Places, where)[0])
+            return kept(self.output_layer.states(x, last), where)
+        return self.output_layer.states(x, last, cast(Places, where)[0])
 
-    def narrows(self, where: Where | int | None) -> bool:
-        """Whether `states` at `where` would run the last block there alone, behind its keys and values."""
+    def _bare(self, space: Workspace | None) -> bool:
+        """Whether nothing is in the way of any part's own forward."""
+        if space is not None and space.kept.get("bare"):
+            return True
+        ends = (*self.sigma_map.modules(), *self.output_layer.modules())
+        bare = all(map(_bare, self.blocks)) and not any(map(watched, ends))
+        if space is not None:
+            space.kept["bare"] = bare
+        return bare
+
+    def _conditioning(
+        self, x: Tensor, sigma: Tensor | None, space: Workspace | None
+    ) -> tuple[Tensor, list[Modulation] | None]:
+        """The conditioning (batch, cond_dim); all that is made of it, where that is known from an earlier forward."""
+        if sigma is not None and self.config.time_conditioning:
+            return F.silu(self.sigma_map(sigma)), None
+        if space is None:
+            return F.silu(self.sigma_map(torch.zeros(len(x), device=x.device))), None
+        begun = "modulations" in space.kept
+        conditioning, modulations, flops = space.keep("modulations", self._modulations)
+        space.known_flops = flops * (len(x) - (not begun))
+        return conditioning.expand(len(x), -1), modulations
+
+    def _modulations(self) -> tuple[Tensor, list[Modulation], int]:
+        """Without noise: the conditioning (1, cond_dim), what blocks and output make of it, and the FLOPs of all that."""
+        parts: Any = (*self.blocks, self.output_layer)
+        maps = [self.sigma_map.mlp[0], self.sigma_map.mlp[2], *(part.adaLN_modulation for part in parts)]
+        conditioning = F.silu(self.sigma_map(torch.zeros(1, device=maps[0].weight.device)))
+        flops = 2 * sum(part.weight.numel() for part in maps)
+        return conditioning, [part.modulation(conditioning) for part in parts], flops
+
+    def _narrows(self, where: Where | int | None, bare: bool) -> bool:
+        """Whether the last block would run the wanted positions alone, behind its keys and values."""
         wanted = isinstance(where, tuple) and not torch.is_grad_enabled()
-        return wanted and len(self.blocks) > 0 and _bare(self.blocks[-1])
+        return wanted and len(self.blocks) > 0 and (bare or _bare(self.blocks[-1]))
 
     def spared(self, rows: int, keys: int) -> int:
         """FLOPs that this spares for every other position."""
@@ -302,10 +352,21 @@ class MDLM(PreTrainedModel):
         """States (..., hidden_dim) -> logits (..., vocab_size)."""
         return self.output_layer.linear
 
-    def _rotary(self, positions: Tensor) -> tuple[Tensor, Tensor]:
-        """What turns the heads at positions (..., length): two (..., length, head width)."""
-        width = self.config.hidden_dim // self.config.n_heads
+    def _rotary(
+        self, x: Tensor, past: Cache | None, position_ids: Tensor | None, space: Workspace | None
+    ) -> tuple[Tensor, Tensor]:
+        """What turns the heads of x (rows, length, width), at its positions or at those that follow what is stored."""
+        if position_ids is not None:
+            return self._table(position_ids)
+        begin, length = 0 if past is None else past.get_seq_length(), x.shape[1]
+        following = torch.arange(begin, begin + length, device=x.device)
+        return self._table(following) if space is None else space.keep((begin, length), lambda: self._table(following))
+
+    def _table(self, positions: Tensor) -> tuple[Tensor, Tensor]:
+        """Two (..., length, 1, 1 or heads, head width) of positions (..., length)."""
+        heads = self.config.n_heads
+        width = self.config.hidden_dim // heads
         rates = ROTARY_BASE ** (-torch.arange(0, width, 2, device=positions.device, dtype=torch.float32) / width)
-        angles = positions.float()[..., None] * rates
-        sine = angles.sin()  # the first half of a head is turned against the second
-        return torch.cat([angles.cos()] * 2, dim=-1), torch.cat([-sine, sine], dim=-1)
+        angles = positions.float()[..., None, None, None] * rates
+        cosine, sine = angles.cos(), angles.sin()  # the first half of a head is turned against the second
+        return spread(torch.cat([cosine, cosine], -1), heads), spread(torch.cat([-sine, sine], -1), heads)

@@ -20,8 +20,8 @@ from skipwise.skipping import whole
 class Share:
     """forwards: calls; rows: sequences that they saw; FLOPs of the blocks alone and of all; whole_all_in_flops: what
     the same forwards of the plan's own model, with logits at the same positions, would have taken with no block
-    skipped; spared_flops: of the blocks' FLOPs, those that were not taken, as the last block ran for some positions
-    alone (`skipwise.models.lean`).
+    skipped; spared_flops: those that were not taken, as the last block ran for some positions alone
+    (`skipwise.models.lean`), or as an earlier forward had made the same.
     """
 
     forwards: int = 0
@@ -96,7 +96,7 @@ def account(denoiser: Denoiser) -> Shares:
             return model.spared(rows, keys)
 
     def spared(name: str | None, forward: Forward) -> int:
-        unwanted = forward.rows * forward.tokens - (forward.predicted or 0)
-        return unwanted * each(name, forward.rows, forward.keys) if forward.narrowed else 0
+        unwanted = forward.rows * forward.tokens - (forward.predicted or 0) if forward.narrowed else 0
+        return forward.known_flops + (unwanted * each(name, forward.rows, forward.keys) if unwanted else 0)
 
     return shares(denoiser.forwards, prices, spared)

@@ -10,7 +10,9 @@ from torch import Tensor, nn
 
 from skipwise.models import head_of, mask_token
 from skipwise.models.bidirectional import Where, kept
+from skipwise.models.hooks import watched
 from skipwise.models.linear import linear
+from skipwise.models.workspace import Workspace
 from skipwise.plan import Plan
 from skipwise.sampling.cache import Windows
 from skipwise.sampling.compiling import Compiled
@@ -47,7 +49,8 @@ class Forward:
 
     predicted: positions, of all rows together, that logits were made for; None is every one. length: of the sequences,
     whose other positions were stored, if that is more than the tokens that ran (`skipwise.sampling.cache`). narrowed:
-    whether the last block, too, ran for the predicted positions alone (`skipwise.models.lean`).
+    whether the last block, too, ran for the predicted positions alone (`skipwise.models.lean`); known_flops: of what
+    an earlier forward had made already.
     """
 
     running: Running
@@ -56,6 +59,7 @@ class Forward:
     predicted: int | None = None
     length: int | None = None
     narrowed: bool = False
+    known_flops: int = 0
 
     @property
     def keys(self) -> int:
@@ -78,6 +82,7 @@ class Denoiser:
     on_step: Callable[[Step], None] | None = None
     forwards: list[Forward] = field(default_factory=list)
     compiled: Compiled | None = None
+    _space: tuple[Running, Workspace] | None = None
 
     def __post_init__(self) -> None:
         if self.plan is None and self.skipping is not None:
@@ -150,19 +155,29 @@ class Denoiser:
             inputs, where = stored.part(inputs), stored.local(where, before)
             others = {**others, "past_key_values": stored, "position_ids": stored.position_ids}
         head = head_of(model)
-        narrowed = head is not None and not self.compiled and cast(Any, model).narrows(where)
+        space = self._workspace(running, model)
         if self.compiled:
             states = kept(self.compiled.states(model, running.cut, inputs, attention_mask, others), where)
         elif head is not None:
             # called as a module, so that hooks on it run
-            states = model(input_ids=inputs, attention_mask=attention_mask, logits_to_keep=where, states=True, **others)
+            asked = {"logits_to_keep": where, "states": True, "space": space}
+            states = model(input_ids=inputs, attention_mask=attention_mask, **asked, **others)
         else:
             states = kept(model(input_ids=inputs, attention_mask=attention_mask, **others).logits, where)
         words = states.shape[-1] if head is None else cast(Any, model.config).vocab_size
         prediction = Prediction(states, partial(linear, head) if head else _as_it_is, words)
         predicted = None if head is None else prediction.states.shape[:-1].numel()
-        self.forwards.append(Forward(running, inputs.shape[0], inputs.shape[1], predicted, length, narrowed))
+        ran = space.narrowed, space.known_flops
+        self.forwards.append(Forward(running, inputs.shape[0], inputs.shape[1], predicted, length, *ran))
         return prediction
+
+    def _workspace(self, running: Running, model: nn.Module) -> Workspace:
+        """The last forward's, unless another model or cut runs now, or whoever is called meanwhile might change it."""
+        if self._space is None or self._space[0] != running or self.on_step is not None or watched(model):
+            self._space = running, Workspace()
+        space = self._space[1]
+        space.narrowed, space.known_flops = False, 0
+        return space
 
     def border(self, progress: float) -> float:
         """Where the phase ends that `progress` belongs to; 1 for the last one."""
