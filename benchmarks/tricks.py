@@ -17,9 +17,10 @@ from subjects import llada_shape, random_prompts, zoo_prompts
 from torch import Tensor
 
 import skipwise as sw
-from skipwise.models import bidirectional, linear
+from skipwise.models import bidirectional, heads, lean, linear
 from skipwise.models.bidirectional import kept
 from skipwise.models.lean import run
+from skipwise.sampling import prediction
 from skipwise.sampling.canvas import Canvas
 from skipwise.sampling.denoiser import Denoiser
 from skipwise.sampling.noise import Feed, Noise
@@ -65,6 +66,26 @@ def dense_mask() -> AbstractContextManager[Any]:
         return None if mask is None else mask.bool()[:, None, None].expand(-1, 1, mask.shape[1], -1).contiguous()
 
     return patch.object(bidirectional, "key_mask", dense)
+
+
+def head_as_it_is() -> AbstractContextManager[Any]:
+    """A head's weight in torch's own order."""
+    return patch.object(heads, "LARGE", 2**62)
+
+
+def number_by_number() -> AbstractContextManager[Any]:
+    """The largest logit by torch's argmax."""
+    return patch.object(prediction, "MANY", 2**62)
+
+
+def found_anew() -> AbstractContextManager[Any]:
+    """Every forward finds out by itself what it can leave out, and where its positions are."""
+    return patch.object(Denoiser, "_is_overheard", lambda *_: True)
+
+
+def repeated_tables() -> AbstractContextManager[Any]:
+    """Rotary tables of one head."""
+    return patch.object(lean, "SPREAD", 0)
 
 
 def noise_everywhere() -> AbstractContextManager[Any]:
@@ -129,10 +150,15 @@ def tricks(tokenizer: Any, quick: bool) -> Iterator[Trick]:
     yield Trick("logits where a token can be committed", every_logit, shape, one, long, (wide_last_block,))
     yield Trick("the last block there alone", wide_last_block, shape, one, long)
     yield Trick("oneDNN's products", default_products, shape, one, long)
+    yield Trick("a packed head", head_as_it_is, shape, one, long)
+    yield Trick("the largest by runs", number_by_number, shape, one, long)
     yield Trick("noise where a token can be committed", noise_everywhere, shape, one, {**few, "temperature": 1.0})
     yield Trick("one mask of the keys", dense_mask, shape, padded(four), few, (long_forward,))
     yield Trick("fewer operations", long_forward, "tiny-dllm", task, short, (wide_last_block,))
     yield Trick("fewer operations", long_forward, "tiny-dllm", tasks, short, (wide_last_block,))
+    for prompts in (task, tasks):
+        yield Trick("a generation's workspace", found_anew, "tiny-dllm", prompts, short)
+        yield Trick("rotary tables of all heads", repeated_tables, "tiny-dllm", prompts, short)
     yield Trick("oneDNN's products", default_products, "tiny-dllm", tasks, short)
     # the tasks' answers have no end, so a digit is taken for it
     ends = {"gen_length": 4 if quick else 14, "block_length": 2, "eos_token_id": tokenizer.convert_tokens_to_ids("4")}

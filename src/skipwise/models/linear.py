@@ -21,27 +21,33 @@ WORTH = 1_000_000  # multiplications a thread that make up for the longer way in
 
 def linear(module: nn.Module, x: Tensor) -> Tensor:
     """module(x), to the rounding of float32. A hook, an adapter or a quantised weight is called as it is."""
-    if type(module) is not nn.Linear or watched(module) or torch.is_grad_enabled():
+    if not (isinstance(module, nn.Linear) and is_plain(module)):
         return module(x)
     return product(x, module.weight, module.bias)
+
+
+def is_plain(module: nn.Linear) -> bool:
+    """Whether the module's product can be made without calling it."""
+    return type(module) is nn.Linear and not watched(module) and not torch.is_grad_enabled()
 
 
 def product(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """`F.linear`, where no gradient is wanted. x: (..., inputs); weight: (outputs, inputs); bias: (outputs,)."""
     work = x.numel() * weight.shape[0]
-    if work < WORTH or not (PREFERRED and work >= WORTH * _threads() and _suits(x, weight)):
+    if work < WORTH or not (PREFERRED and work >= WORTH * _threads() and suits(x, weight)):
         return F.linear(x, weight, bias)
-    return (_opaque if torch.compiler.is_compiling() else _by_onednn)(x, weight, bias)
+    return (_opaque if torch.compiler.is_compiling() else by_onednn)(x, weight, bias)
 
 
-def _by_onednn(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+def by_onednn(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """`product` by oneDNN, which also takes a weight that it has packed."""
     return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
 
 
 @torch.library.custom_op("skipwise::linear", mutates_args=())
 def _opaque(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """The same for torch's compiler, which takes that operator of weights that it froze and fails at others."""
-    return _by_onednn(x, weight, bias)
+    return by_onednn(x, weight, bias)
 
 
 @_opaque.register_fake
@@ -53,7 +59,8 @@ def _threads() -> int:
     return 1 if torch.compiler.is_compiling() else torch.get_num_threads()
 
 
-def _suits(x: Tensor, weight: Any) -> bool:
+def suits(x: Tensor, weight: Any) -> bool:
+    """Whether `by_onednn` is of use for these."""
     plain = type(weight) in (nn.Parameter, Tensor) and weight.is_contiguous()
     return plain and x.dtype == weight.dtype == torch.float32 and x.is_cpu and weight.is_cpu
 

@@ -151,9 +151,8 @@ class MDLMBlock(nn.Module):
             )
         shift_mlp, factor_mlp, gate_mlp = after
         x = torch.addcmul(x, gate_attention, self._drop(linear(self.attn_out, attended)))
-        up, activation, down = self.mlp
-        hidden = activation(linear(up, _modulate(self.norm2(x), shift_mlp, factor_mlp)))
-        return torch.addcmul(x, gate_mlp, self._drop(linear(down, hidden)))
+        mixed = self._mix(_modulate(self.norm2(x), shift_mlp, factor_mlp))
+        return torch.addcmul(x, gate_mlp, self._drop(mixed))
 
     def modulation(self, conditioning: Tensor) -> Modulation:
         """What conditioning (batch, cond_dim) does in the block: shift, factor, gate of attention and of MLP, (batch,
@@ -174,6 +173,12 @@ class MDLMBlock(nn.Module):
             key, value = store(key, value)
         out = F.scaled_dot_product_attention(query, key, value, attn_mask=attention_mask)
         return out.transpose(1, 2).reshape(batch, length, width)
+
+    def _mix(self, x: Tensor) -> Tensor:
+        if watched(self.mlp):
+            return self.mlp(x)
+        up, activation, down = self.mlp
+        return linear(down, activation(linear(up, x)))
 
     def _drop(self, x: Tensor) -> Tensor:
         return F.dropout(x, self.dropout) if self.training else x
@@ -330,7 +335,7 @@ class MDLM(PreTrainedModel):
         return conditioning.expand(len(x), -1), modulations
 
     def _modulations(self) -> tuple[Tensor, list[Modulation], int]:
-        """Without noise: the conditioning (1, cond_dim), what blocks and output make of it, and the FLOPs of all that."""
+        """Without noise: the conditioning (1, cond_dim), what blocks and output make of it, and the FLOPs of that."""
         parts: Any = (*self.blocks, self.output_layer)
         maps = [self.sigma_map.mlp[0], self.sigma_map.mlp[2], *(part.adaLN_modulation for part in parts)]
         conditioning = F.silu(self.sigma_map(torch.zeros(1, device=maps[0].weight.device)))

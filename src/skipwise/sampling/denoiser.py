@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from skipwise.models import head_of, mask_token
 from skipwise.models.bidirectional import Where, kept
+from skipwise.models.heads import prepared
 from skipwise.models.hooks import watched
 from skipwise.models.linear import linear
 from skipwise.models.workspace import Workspace
@@ -165,15 +166,24 @@ class Denoiser:
         else:
             states = kept(model(input_ids=inputs, attention_mask=attention_mask, **others).logits, where)
         words = states.shape[-1] if head is None else cast(Any, model.config).vocab_size
-        prediction = Prediction(states, partial(linear, head) if head else _as_it_is, words)
+        prediction = Prediction(states, self._head(head, model, space) if head else _as_it_is, words)
         predicted = None if head is None else prediction.states.shape[:-1].numel()
         ran = space.narrowed, space.known_flops
         self.forwards.append(Forward(running, inputs.shape[0], inputs.shape[1], predicted, length, *ran))
         return prediction
 
+    def _head(self, head: nn.Module, model: nn.Module, space: Workspace) -> Callable[[Tensor], Tensor]:
+        if self._is_overheard(model):
+            return partial(linear, head)
+        return space.keep("head", lambda: prepared(head, model))
+
+    def _is_overheard(self, model: nn.Module) -> bool:
+        """Whether someone is called meanwhile who might change the model."""
+        return self.on_step is not None or watched(model)
+
     def _workspace(self, running: Running, model: nn.Module) -> Workspace:
-        """The last forward's, unless another model or cut runs now, or whoever is called meanwhile might change it."""
-        if self._space is None or self._space[0] != running or self.on_step is not None or watched(model):
+        """The last forward's, as long as the same model and cut run and nobody might change them."""
+        if self._space is None or self._space[0] != running or self._is_overheard(model):
             self._space = running, Workspace()
         space = self._space[1]
         space.narrowed, space.known_flops = False, 0

@@ -16,7 +16,7 @@ from skipwise.errors import UserError
 from skipwise.sampling.canvas import Canvas, Part, Settings, commit_top, places, quota_of
 from skipwise.sampling.denoiser import Denoiser
 from skipwise.sampling.noise import Noise, gumbel_argmax
-from skipwise.sampling.prediction import Prediction, Reader
+from skipwise.sampling.prediction import Prediction, Reader, largest, probabilities_of
 
 Algorithm = Literal["origin", "maskgit_plus", "topk_margin", "entropy"]
 ALGORITHMS = ("origin", "maskgit_plus", "topk_margin", "entropy")
@@ -224,12 +224,10 @@ class _Plain:
             logits[:, part.mask] = -torch.inf  # no mask is filled with a mask
             logits = filtered(logits, settings)
             if feed is None and timed:
-                return (logits.argmax(-1),)
-            probabilities = logits.softmax(-1)
-            if feed is None:
-                chosen = logits.argmax(-1)
-            else:
-                chosen = gumbel_argmax(probabilities.double(), feed.take(len(logits)))
+                return (largest(logits),)
+            greedy = largest(logits) if feed is None else logits.new_empty(0)
+            probabilities = probabilities_of(logits)
+            chosen = gumbel_argmax(probabilities.double(), feed.take(len(logits))) if feed else greedy
             return (chosen,) if timed else (chosen, confidence_of(probabilities, chosen, settings.alg))
 
         return read
@@ -280,5 +278,5 @@ class _Official:
         if self.settings.temperature > 0:
             chosen = torch.multinomial(probabilities, 1, replacement=True, generator=self.generator)[:, 0]
         else:
-            chosen = probabilities.argmax(-1)
+            chosen = largest(probabilities)
         return confidence_of(probabilities, chosen, self.settings.alg), chosen

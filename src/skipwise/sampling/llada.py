@@ -19,7 +19,7 @@ from skipwise.sampling.cache import Kind, Masks, Windows, check_cache, check_cac
 from skipwise.sampling.canvas import Canvas, Part, Settings, commit_above, commit_top, on_device, places, quota_of
 from skipwise.sampling.denoiser import Denoiser, Step
 from skipwise.sampling.noise import Noise
-from skipwise.sampling.prediction import Prediction, Reader
+from skipwise.sampling.prediction import Prediction, Reader, largest, probabilities_of
 
 Remasking = Literal["low_confidence", "random"]
 
@@ -268,13 +268,13 @@ class _Plain:
             if self.never is not None:
                 logits[:, self.never] = -torch.inf
             noisy = logits if feed is None else gumbel(logits, feed.take(len(logits)), settings.temperature)
-            chosen = noisy.argmax(-1)
+            chosen = largest(noisy)
             if settings.remasking == "random":
                 return (chosen,)
             for token in self.held_back:
                 logits[:, token] = -torch.inf
             # not max - logsumexp, which is no faster and orders what is nearly certain by its rounding
-            return chosen, logits.softmax(-1).gather(-1, chosen[:, None])[:, 0]
+            return chosen, probabilities_of(logits).gather(-1, chosen[:, None])[:, 0]
 
         return read
 

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from skipwise.sampling.canvas import Canvas, Part, Settings, on_device, places
 from skipwise.sampling.denoiser import Denoiser, Running, Step
 from skipwise.sampling.noise import Feed, Noise, gumbel_argmax
-from skipwise.sampling.prediction import Prediction
+from skipwise.sampling.prediction import Prediction, largest
 
 Event = tuple[float, list[int]]  # progress in [0, 1], or above: never in time; positions
 Sampler = Literal["first_hitting", "ddpm", "ddpm_cache"]
@@ -127,7 +127,7 @@ class _Ancestral:
                 return
         self._cached = None
         part, where = self._work(left)
-        (best,) = self._predict(self.steps - 1, part, where, times[-1]).read(lambda p, some: (p.argmax(-1),))
+        (best,) = self._predict(self.steps - 1, part, where, times[-1]).read(lambda p, some: (largest(p),))
         part.sequences[where] = best
         self.canvas.put(part)
 
@@ -166,7 +166,7 @@ class _Ancestral:
             posterior[:, part.mask] = masked_then
             uniform = feed.take(len(posterior))
             if self.settings.compat:
-                return ((posterior / (1e-10 - (uniform + 1e-10).log())).argmax(-1),)
+                return (largest(posterior / (1e-10 - (uniform + 1e-10).log())),)
             return (gumbel_argmax(posterior.to(uniform.dtype), uniform),)
 
         (part.sequences[where],) = prediction.read(draw)
@@ -227,7 +227,7 @@ class _FirstHitting:
             if all(in_time[some]):
                 return (drawn,)
             early = on_device(in_time[some], device).bool()
-            return (torch.where(early, drawn, probabilities.argmax(-1)),)  # the official end of sampling
+            return (torch.where(early, drawn, largest(probabilities)),)  # the official end of sampling
 
         (part.sequences[where],) = prediction.read(draw)
         self.canvas.put(part)

@@ -8,6 +8,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from skipwise.sampling.canvas import Canvas
+from skipwise.sampling.prediction import largest
 
 GROUP = 2**20  # draws that are made at once where only some of them are wanted
 
@@ -124,4 +125,4 @@ def _mixed(*numbers: int) -> int:
 
 def gumbel_argmax(probabilities: Tensor, uniform: Tensor) -> Tensor:
     """A draw from `probabilities` (..., categories), which need not add up to 1: argmax p / -log U."""
-    return (probabilities / -uniform.log()).argmax(-1)
+    return largest(probabilities / -uniform.log())

