@@ -30,8 +30,9 @@ class Statistics:
     forwards: calls of a model; block_flops: in the blocks alone; all_in_flops: head and attention included;
     whole_all_in_flops: what the same forwards of the plan's own model would have taken with no block skipped; seconds:
     measured wall-clock; warmup_seconds: what compiling took before that, 0 where it was compiled already or not at all.
-    by_model: the share of every model that a plan's phases name, None is the plan's own. spared_flops: of the blocks'
-    FLOPs, those that were not taken: blocks are counted whole, and the last one runs where states are wanted alone.
+    by_model: the share of every model that a plan's phases name, None is the plan's own. spared_flops: of all, those
+    that were not taken: blocks are counted whole, and the last one runs where states are wanted alone; what MDLM makes
+    of a noise level that stays the same is made once.
     """
 
     forwards: int
@@ -45,7 +46,7 @@ class Statistics:
 
     @property
     def taken_flops(self) -> int:
-        """All-in FLOPs, less what the last block was spared."""
+        """All-in FLOPs, less what was spared."""
         return self.all_in_flops - self.spared_flops
 
 
