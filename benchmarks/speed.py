@@ -154,7 +154,7 @@ def plan(options: argparse.Namespace) -> Iterator[Row]:
         stats = [sw.generate(model, prompts.ids, plan=p, stop_at_eos=False, **given).stats for p in (chosen, None)]
         whole = ours(f"{mode}, all blocks", model, prompts, **given)
         fewer = ours(f"{mode}, 6 of 8", model, prompts, plan=chosen, **given)
-        (row,) = compare(whole, [fewer], Turns.of(options, 7, warmup=0), facts_of("LLaDA shape", prompts, gen, steps))
+        (row,) = compare(whole, [fewer], Turns.of(options, 15), facts_of("LLaDA shape", prompts, gen, steps))
         yield {
             **row,
             **block_ratio(model, chosen, 128 + gen),

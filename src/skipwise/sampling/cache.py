@@ -159,18 +159,18 @@ class Windows:
         before: how far before a token the position is that predicts it.
         """
         rows, length = shape
-        everything = self.runs_everything(running)
+        stored = None if self.runs_everything(running) else self.stored
         self._age += 1
-        if everything or self.stored is None:
-            self.stored, self._of, self._age = Stored(length), running, 0
+        if stored is None:
+            stored, self._of, self._age = Stored(length), running, 0
         elif self.kind == "delayed":
             wanted, most = self._delayed(before)
-            self.stored.choose(wanted.repeat(rows // len(wanted), 1), most)
+            stored.choose(wanted.repeat(rows // len(wanted), 1), most)
         else:
             start, stop = self._span(length)
-            self.stored.window = slice(max(0, start - before), stop)
-        self._late = self.block.start
-        return self.stored
+            stored.window = slice(max(0, start - before), stop)
+        self.stored, self._late = stored, self.block.start
+        return stored
 
     def runs_everything(self, running: object) -> bool:
         """Whether the next forward runs all positions."""

@@ -70,45 +70,27 @@ def decode(
     canvas = Canvas.open(input_ids, attention_mask, denoiser.mask_token, settings.gen_length)
     steps = settings.steps or canvas.most
     _apply_tokens_hook(canvas, settings, None, None)
-    if settings.tokens_hook is not None or settings.logits_hook is not None:
-        _whole(denoiser, canvas, settings, steps)
-    elif settings.compat:
-        _as_officially(denoiser, canvas, settings, steps)
-    else:
-        rule = _Plain(settings, canvas, steps)
-        for i in range(steps):
+    rule = (_Official if settings.compat else _Plain)(settings, canvas, steps)
+    hooked = settings.tokens_hook is not None or settings.logits_hook is not None
+    for i in range(steps):
+        if hooked:
+            _hooked(i, rule, denoiser)
+        else:
             rule.step(i, denoiser)
-            if rule.finished:
-                break
+        if rule.finished:
+            break
     return canvas.close(settings.eos_token_id)
 
 
-def _whole(denoiser: Denoiser, canvas: Canvas, settings: DreamSettings, steps: int) -> None:
-    """Every step, with the logits of all positions: for hooks, who may look at and change anything."""
-    rule = (_Official if settings.compat else _Plain)(settings, canvas, steps)
-    for i in range(steps):
-        logits = denoiser(canvas.step(i, steps), canvas.sequences, canvas.attention_mask)
-        if settings.logits_hook is not None:
-            logits = settings.logits_hook(i, canvas.sequences, logits)
-        if isinstance(rule, _Official):
-            masked = canvas.sequences == canvas.mask
-            rule.commit(i, logits[masked], masked)
-        else:
-            rule.commit(i, logits)
-        _apply_tokens_hook(canvas, settings, i, logits)
-        if canvas.finished(settings.eos_token_id):
-            return
-
-
-def _as_officially(denoiser: Denoiser, canvas: Canvas, settings: DreamSettings, steps: int) -> None:
-    """The official commits, which look at the logits of masked positions alone."""
-    rule = _Official(settings, canvas, steps)
-    for i in range(steps):
-        masked = canvas.sequences == canvas.mask
-        rows, positions = masked.nonzero(as_tuple=True)
-        if len(rows):  # the official code runs on over filled sequences, which changes nothing
-            logits = denoiser(canvas.step(i, steps), canvas.sequences, canvas.attention_mask, (rows, positions))
-            rule.commit(i, logits, masked)
+def _hooked(i: int, rule: "_Plain | _Official", denoiser: Denoiser) -> None:
+    """A step with the logits of all positions: hooks may look at and change anything."""
+    canvas, settings = rule.canvas, rule.settings
+    logits = denoiser(canvas.step(i, rule.steps), canvas.sequences, canvas.attention_mask)
+    if settings.logits_hook is not None:
+        logits = settings.logits_hook(i, canvas.sequences, logits)
+    rule.commit(i, logits)
+    _apply_tokens_hook(canvas, settings, i, logits)
+    rule.look(together=True)
 
 
 def _apply_tokens_hook(canvas: Canvas, settings: DreamSettings, step: int | None, logits: Tensor | None) -> None:
@@ -161,6 +143,10 @@ class _Plain:
         """Whether every row has ended."""
         return not self.rows
 
+    def look(self, together: bool = False) -> None:
+        """Let go of the rows that have ended; together: only when the last has."""
+        self.rows = self.canvas.going(self.rows, self.settings.eos_token_id, together)
+
     def step(self, i: int, denoiser: Denoiser) -> None:
         """Run the rows that commit at this step, and commit; how many tokens, no device is asked."""
         quota = {row: self._quota(row, i) for row in self.rows}
@@ -177,7 +163,7 @@ class _Plain:
         for row in part.rows:
             self.left[row] -= quota[row]
         if self.canvas.looks_for_ends(i):
-            self.rows = self.canvas.going(self.rows, self.settings.eos_token_id, denoiser.fixed_rows)
+            self.look(denoiser.fixed_rows)
 
     def commit(self, i: int, logits: Tensor) -> None:
         """Commit the tokens of a step; a hook may have changed the masks. logits: (batch, length, vocabulary)."""
@@ -241,10 +227,28 @@ class _Official:
         self.times = torch.linspace(1, settings.eps, steps + 1)
         self.generator = torch.Generator(canvas.sequences.device).manual_seed(settings.seed)
 
-    def commit(self, step: int, logits: Tensor, masked: Tensor) -> None:
-        """Commit the tokens of a step; logits (n, vocabulary) of what is masked (batch, length), in the model's own
-        dtype.
-        """
+    finished = False  # it goes on after the end of text
+
+    def look(self, together: bool = False) -> None:
+        """It lets go of no row."""
+
+    def step(self, i: int, denoiser: Denoiser) -> None:
+        """Run everything, look at the logits of masked positions, and commit."""
+        masked = self.canvas.sequences == self.canvas.mask
+        rows, positions = masked.nonzero(as_tuple=True)
+        if len(rows):  # the official code runs on over filled sequences, which changes nothing
+            step = self.canvas.step(i, self.steps)
+            self._commit(
+                i, denoiser(step, self.canvas.sequences, self.canvas.attention_mask, (rows, positions)), masked
+            )
+
+    def commit(self, i: int, logits: Tensor) -> None:
+        """Commit the tokens of a step; logits (batch, length, vocabulary) in the model's own dtype."""
+        masked = self.canvas.sequences == self.canvas.mask
+        self._commit(i, logits[masked], masked)
+
+    def _commit(self, step: int, logits: Tensor, masked: Tensor) -> None:
+        """logits: (n, vocabulary) of what is masked (batch, length)."""
         settings, sequences = self.settings, self.canvas.sequences
         last = step == self.steps - 1
         part = torch.tensor(1.0) if last else 1 - self.times[step + 1] / self.times[step]

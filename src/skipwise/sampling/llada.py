@@ -206,12 +206,10 @@ class _Plain:
     ) -> None:
         """One step of some rows, of whose masks in the window so many are left."""
         part = self.canvas.part(rows)
-        view, masked = part.sequences[:, window], part.masked
-        counts = [left[row] for row in rows]
-        looked, looks = self._looked(step, part, masked, window, counts, quota)
-        where = places(looked[:, window], sum(looks))
+        view, masks = part.sequences[:, window], self._masks(step, part, window, [left[row] for row in rows], quota)
+        where = places(masks.looked[:, window], sum(masks.looks))
         if self.windows is not None:
-            self.windows.keep(part.rows, Masks(masked[:, : window.stop], counts, looked, looks))
+            self.windows.keep(part.rows, masks)
         prediction = self._predict(step, part, (where[0], where[1] + window.start))
         found = prediction.read(self._reader(part, window, where, prediction.vocabulary))
         chosen = view.index_put(where, found[0])
@@ -226,24 +224,16 @@ class _Plain:
             commit_top(view, chosen, confidence, quota)
         self.canvas.put(part)
 
-    def _looked(
-        self,
-        step: Step,
-        part: Part,
-        masked: Tensor,
-        window: slice,
-        counts: list[int],
-        quota: list[int] | None,
-    ) -> tuple[Tensor, list[int]]:
-        """The masks that are looked at, bool (rows, end of the window), and how many of every row."""
-        masked, focus, windows = masked[:, : window.stop], self.settings.focus, self.windows
+    def _masks(self, step: Step, part: Part, window: slice, left: list[int], quota: list[int] | None) -> Masks:
+        """The masks up to the window's end, and which of them are looked at."""
+        masked, focus, windows = part.masked[:, : window.stop], self.settings.focus, self.windows
         if not focus or windows is None or windows.runs_everything(self.denoiser.at(step.progress)):
-            return masked, counts
-        most = min(max([focus, *(quota or [])]), max(counts))
+            return Masks(masked, left, masked, left)
+        most = min(max([focus, *(quota or [])]), max(left))
         last = part.of(self.confidence)[:, : window.stop].where(masked, -torch.inf)
         last[:, : window.start] = -torch.inf
         best = torch.zeros_like(masked).scatter_(1, last.topk(most).indices, True)
-        return masked & best, [min(count, most) for count in counts]
+        return Masks(masked, left, masked & best, [min(count, most) for count in left])
 
     def _predict(self, step: Step, part: Part, where: tuple[Tensor, Tensor]) -> Prediction:
         """What the model predicts at `where`, rows and positions (n,) of the part."""
