@@ -34,7 +34,7 @@ reproduce-p2: .venv/.installed-dev smollm2  ## Make docs/results/p2.md anew (abo
 reproduce-p3: .venv/.installed-dev  ## Make docs/results/p3.md anew (about 30 minutes of two cores)
 	HF_HUB_OFFLINE=1 $(BIN)/python reproduce/run_p3.py
 
-bench: .venv/.installed-dev  ## Timings in turns, and docs/results/speed.md anew (about 14 minutes of two idle cores)
+bench: .venv/.installed-dev  ## Timings in turns, and docs/results/speed.md anew (about 16 minutes of two idle cores)
 	$(BIN)/python benchmarks/skip_overhead.py --pairs 100
 	HF_HUB_OFFLINE=1 $(BIN)/python benchmarks/speed.py --compile -o docs/results/speed.json
 	$(BIN)/python benchmarks/speed_page.py docs/results/speed.json -o docs/results/speed.md

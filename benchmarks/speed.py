@@ -11,7 +11,7 @@ Every row is two things on the same weights and prompts, run in turns in one pro
 - modes: approximate decoding against exact decoding.
 - others: reading states for an analysis; block evaluations of the greedy planner, counted.
 
-    python benchmarks/speed.py --compile -o docs/results/speed.json    # all; about 10 minutes of two idle cores
+    python benchmarks/speed.py --compile -o docs/results/speed.json    # all; about 15 minutes of two idle cores
     python benchmarks/speed.py --quick                                 # small models, one pair: does it run?
 docs/results/speed.md is made of the JSON by speed_page.py. The last line of stdout is the JSON.
 """
