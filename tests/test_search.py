@@ -504,7 +504,9 @@ def test_a_killed_search_goes_on(how, zoo_light, tmp_path):
     path = str(zoo_light.save(tmp_path / "light.json"))
     rules = "--segments 4 --samples 128 --confirm 128 --finalists 2 --task sort --batch-size 4 --workers 2"
     told = [ZOO, "--light", path, *rules.split(), "-o"]
-    code = "import typer; from skipwise.cli.search import command; typer.run(command)"
+    # what is started in the background of a shell ignores Ctrl-C, and so do its children
+    code = "import signal; signal.signal(signal.SIGINT, signal.default_int_handler); "
+    code += "import typer; from skipwise.cli.search import command; typer.run(command)"
 
     def start(folder: Path) -> subprocess.Popen:
         quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL, "start_new_session": True}
