@@ -19,6 +19,7 @@ from skipwise.sampling.accounts import Share, account
 from skipwise.sampling.autoregressive import AutoregressiveSettings, decode_autoregressive
 from skipwise.sampling.canvas import Settings
 from skipwise.sampling.denoiser import Denoiser, Step, denoising
+from skipwise.sampling.threads import worthwhile_threads
 from skipwise.skipping import Cut, cut_now, skip
 
 
@@ -183,7 +184,8 @@ def _diffuse(
     others: Mapping[str, nn.Module] | None,
     compile: bool,
 ) -> Generated:
-    with denoising(model, plan, others, on_step, compile=compile) as denoiser:
+    tokens = input_ids.shape[0] * (input_ids.shape[1] + settings.gen_length)
+    with denoising(model, plan, others, on_step, compile=compile) as denoiser, worthwhile_threads(model, tokens):
         began = time.perf_counter()
         sequences = family.decode(denoiser, input_ids, settings, attention_mask)
         _synchronize(sequences.device)
