@@ -60,7 +60,9 @@ def main() -> None:
                 taken = linear.PREFERRED and rows * inputs * outputs >= linear.WORTH * torch.get_num_threads()
                 found.append(row | {"taken": taken})
                 rates = "{default_gflops:.0f} and {onednn_gflops:.0f} GFLOP/s, {ratio:.2f}; packed {packed_ratio:.2f}"
-                print(f"{rows} x ({inputs} to {outputs}): {rates}{', taken' if taken else ''}", flush=True)
+                print(
+                    f"{rows} x ({inputs} to {outputs}): {rates.format(**row)}{', taken' if taken else ''}", flush=True
+                )
     print(json.dumps({"machine": machine(torch.device("cpu")).model_dump(), "rows": found}))
 
 

@@ -110,11 +110,15 @@ def _positions(
     """As `_turning`, of `numbers` or else of the positions that follow the past, which are kept."""
     if numbers is not None:
         return _turning(trunk, x, numbers)
-    begin, length = 0 if past is None else past.get_seq_length(), x.shape[1]
-    following = torch.arange(begin, begin + length, device=x.device)[None]
+    begin = 0 if past is None else past.get_seq_length()
     if not _is(trunk.rotary_emb, ROTARIES) or trunk.rotary_emb.rope_type != "default":
-        return _turning(trunk, x, following)  # others may depend on what they have seen
-    return space.keep((begin, length), lambda: _turning(trunk, x, following))
+        return _turning(trunk, x, following(x, begin))  # others may depend on what they have seen
+    return space.keep((begin, x.shape[1]), lambda: _turning(trunk, x, following(x, begin)))
+
+
+def following(x: Tensor, begin: int) -> Tensor:
+    """(1, length): the numbers from `begin` on of x (rows, length, width)."""
+    return torch.arange(begin, begin + x.shape[1], device=x.device)[None]
 
 
 def _turning(trunk: Any, x: Tensor, numbers: Tensor) -> tuple[Tensor, Rotary, Rotary]:

@@ -18,7 +18,7 @@ from transformers.modeling_outputs import MaskedLMOutput
 
 from skipwise.models.bidirectional import Where, kept
 from skipwise.models.hooks import watched
-from skipwise.models.lean import Places, quickly, spread
+from skipwise.models.lean import Places, following, quickly, spread
 from skipwise.models.linear import linear
 from skipwise.models.official import check_official
 from skipwise.models.workspace import Workspace
@@ -363,9 +363,10 @@ class MDLM(PreTrainedModel):
         """What turns the heads of x (rows, length, width), at its positions or at those that follow what is stored."""
         if position_ids is not None:
             return self._table(position_ids)
-        begin, length = 0 if past is None else past.get_seq_length(), x.shape[1]
-        following = torch.arange(begin, begin + length, device=x.device)
-        return self._table(following) if space is None else space.keep((begin, length), lambda: self._table(following))
+        begin = 0 if past is None else past.get_seq_length()
+        if space is None:
+            return self._table(following(x, begin))
+        return space.keep((begin, x.shape[1]), lambda: self._table(following(x, begin)))
 
     def _table(self, positions: Tensor) -> tuple[Tensor, Tensor]:
         """Two (..., length, 1, 1 or heads, head width) of positions (..., length)."""
