@@ -6,7 +6,6 @@ example, masked or not; a convolution 2 * outputs * inputs per output. Everythin
 and in torch's own counter, against which the tests hold this one.
 """
 
-import copy
 import math
 from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
@@ -19,7 +18,7 @@ from torch.overrides import TorchFunctionMode
 
 from skipwise.blocks import Contract, find_contract, module_list
 from skipwise.errors import unknown
-from skipwise.examples import Size, example_inputs, on_meta, shapes_only
+from skipwise.examples import Size, example_inputs, meta_twin, on_meta, shapes_only
 from skipwise.models import head_of
 from skipwise.plan import Phase, Plan
 from skipwise.skipping import whole
@@ -212,7 +211,7 @@ def price_blocks(
 
 
 def _price(model: nn.Module, size: Size, contract: Contract, example: Mapping[str, Any] | None) -> Prices:
-    twin = _on_meta(model)
+    twin = meta_twin(model)
     owners = {
         block: (name, i)
         for name, stack in contract.stacks.items()
@@ -263,13 +262,6 @@ def _watching(model: nn.Module, contract: Contract, streams: dict[str, Tensor]) 
             handle.remove()
 
 
-def _on_meta(model: nn.Module) -> nn.Module:
-    """A throw-away twin without data. Models keep tables of what they computed, which must not learn meta tensors."""
-    memo: dict[int, Any] = {id(b): b.to("meta") for b in model.buffers()}
-    memo |= {id(p): nn.Parameter(p.detach().to("meta"), p.requires_grad) for p in model.parameters()}
-    return copy.deepcopy(model, memo).eval()
-
-
 @contextmanager
 def _attributing(meter: "Meter", owners: Mapping[nn.Module, tuple[str, int]]) -> Iterator[None]:
     """Charge what runs inside a block to that block."""
@@ -304,8 +296,9 @@ def _matmul(out: Tensor, a: Tensor, b: Tensor, *_: Any, **__: Any) -> int:
     return 2 * out.numel() * a.shape[-1]
 
 
-def _addmm(out: Tensor, bias: Tensor, a: Tensor, b: Tensor, *_: Any, **__: Any) -> int:
-    return 2 * out.numel() * a.shape[-1]
+def _addmm(out: Tensor, bias: Tensor, *factors: Any, **named: Any) -> int:
+    first = next(x for x in (*factors, named.get("mat1"), named.get("batch1")) if isinstance(x, Tensor))
+    return 2 * out.numel() * first.shape[-1]
 
 
 def _convolution(out: Tensor, x: Tensor, weight: Tensor, *_: Any, **__: Any) -> int:

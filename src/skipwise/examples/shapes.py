@@ -1,0 +1,57 @@
+"""Running a model for its shapes alone, on the meta device."""
+
+import copy
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_any, tree_map_only
+
+_GROUPED_MM = torch.ops.aten._grouped_mm.default
+_CONSTANTS = {getattr(torch.ops.aten, name).default for name in ("ones", "zeros", "full", "arange")} | {
+    torch.ops.aten.arange.start,
+    torch.ops.aten.arange.start_step,
+}
+_SMALL = 1 << 16  # numbers in a mask or a row of positions that is made for real
+_MOVED = torch.ops.aten._to_copy.default
+
+
+class Shapes(TorchDispatchMode):
+    """Runs an op for real where all its tensors are real, and for its shapes alone as soon as one is on meta.
+
+    torch refuses to mix the two; models do it when they compute rotary tables on the CPU or read lengths off a mask.
+    Small masks and positions that a forward makes, or moves to where its weights are, stay real: it may look at them.
+    """
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if tree_any(lambda leaf: isinstance(leaf, Tensor) and leaf.is_meta, (args, kwargs)):
+            args, kwargs = tree_map_only(Tensor, lambda tensor: tensor.to("meta"), (args, kwargs))
+            if "device" in kwargs:  # what has no data cannot be moved off meta either
+                kwargs["device"] = torch.device("meta")
+            if func is _GROUPED_MM:  # mixtures of experts: its own meta kernel refuses float32
+                return args[0] @ args[1][0]  # the same shape and FLOPs: each row meets one expert
+        elif (func in _CONSTANTS or func is _MOVED) and torch.device(kwargs.get("device") or "cpu").type == "meta":
+            made = func(*args, **kwargs)
+            return func(*args, **kwargs | {"device": "cpu"}) if made.ndim < 3 and made.numel() <= _SMALL else made
+        return func(*args, **kwargs)
+
+
+@contextmanager
+def shapes_only() -> Iterator[None]:
+    """Within this, a model on the meta device can be run: `model(**example_inputs(model))` allocates no weights.
+
+    Enter it after a FLOP counter, so that the counter sees the ops that are really run.
+    """
+    with torch.no_grad(), Shapes():
+        yield
+
+
+def meta_twin(model: nn.Module) -> nn.Module:
+    """A throw-away twin without data. Models keep tables of what they computed, which must not learn meta tensors."""
+    memo: dict[int, Any] = {id(b): b.to("meta") for b in model.buffers()}
+    memo |= {id(p): nn.Parameter(p.detach().to("meta"), p.requires_grad) for p in model.parameters()}
+    return copy.deepcopy(model, memo).eval()

@@ -1,0 +1,132 @@
+"""Tiny configs of classes of transformers: every width, depth and count by the name of its field."""
+
+import re
+from typing import Any
+
+import torch
+from torch import nn
+
+WIDTH, HEADS, KV_HEADS, HEAD, LAYERS, VOCABULARY = 64, 4, 2, 16, 4, 64
+SPREAD = 0.12  # of the random weights: blocks matter, and no row overflows float32
+
+# name of a field -> its tiny value; the first pattern that fits the whole name
+SIZES: list[tuple[str, int | None]] = [
+    (r"(.*_)?vocab_size(_.*)?|.*_vocabulary|n_vocab", VOCABULARY),
+    (r".*_token_(id|index|ids)|index_.*_token", None),  # below the vocabulary
+    (r"num_hidden_layers|(n|num)_layers?|(encoder|decoder)_layers|num_(encoder|decoder)_layers|n_layer|depth", LAYERS),
+    (r"(swa_)?num_key_value_heads|num_kv_heads|n_head_kv|multi_query_group_num|kv_n_heads", KV_HEADS),
+    (r".*num_attention_heads|n_heads?|num_heads|(encoder|decoder)_attention_heads|n_head", HEADS),
+    (r"(.*_)?head_dim|d_kv|head_size|attention_head_size|rotary_dim", HEAD),
+    (r"hidden_size|d_model|n_embd|dim|emb_dim|embed_dim|embedding_size|word_embed_proj_dim|.*_hidden_size", WIDTH),
+    (r"hidden_dim|text_embed_dim|projection_dim|out_hidden_size|output_dim|n_embed|lru_width", WIDTH),
+    (r"(moe|.*expert)_(intermediate|ffn)(_hidden)?_(size|dim)|moe_ffn_dim|share_expert_dim", 16),
+    (r".*intermediate_size|.*ffn_dim|d_ff|n_inner|.*ffn_hidden_size|mlp_dim|dim_ff|d_inner", 48),
+    (r"n_routed_experts|num_local_experts|num_experts|moe_num_experts|n_experts|num_moe_experts", 4),
+    (r"num_experts_per_tok(en)?|top_k(_experts)?|moe_topk|moe_top_k|moe_k|num_selected_experts", 2),
+    (r"n_shared_experts|num_shared_experts|moe_num_shared_experts", 1),
+    (r"n_group|topk_group|num_expert_groups?", 1),
+    (r"(q|kv|o)_lora_rank", 8),
+    (r"max_position_embeddings|n_positions|n_ctx|max_(source|target)_positions|max_seq_len.*", 64),
+    (r"(.*_)?sliding_window(_size)?|window_size|attention_window_size|attention_chunk_size|local_attention", 4),
+    (r"image_size", 32),
+    (r"patch_size", 16),
+]
+
+# what the names do not say: class of a model -> fields of its config, those of a part as "text_config.field"
+CHANGES: dict[str, dict[str, Any]] = {}
+
+
+def tiny_config(model_class: Any) -> Any:
+    """A config for this class of transformers with all its parts shrunk."""
+    return _shrunk(model_class.config_class(), CHANGES.get(model_class.__name__, {}))
+
+
+def _shrunk(default: Any, changes: dict[str, Any]) -> Any:
+    fields: dict[str, Any] = {}
+    for name, value in default.__dict__.items():
+        if hasattr(value, "to_dict") and hasattr(value, "model_type"):
+            part = {key.partition(".")[2]: v for key, v in changes.items() if key.startswith(f"{name}.")}
+            fields[name] = _shrunk(value, part)
+        elif type(value) is int and not name.startswith("_"):
+            fields[name] = _small(name, value)
+    if "head_dim" in default.__dict__ and default.head_dim is None:
+        fields["head_dim"] = HEAD
+    _keep_all_heads(default, fields)
+    _shrink_sections(default, fields)
+    fields |= {key: value for key, value in changes.items() if "." not in key}
+    return type(default)(**{key: value for key, value in fields.items() if value != default.__dict__.get(key)})
+
+
+def _small(name: str, value: int) -> int:
+    for pattern, small in SIZES:
+        if re.fullmatch(pattern, name):
+            return value if value < 0 else min(value, VOCABULARY - 4 + value % 4 if small is None else small)
+    return value
+
+
+def _keep_all_heads(default: Any, fields: dict[str, Any]) -> None:
+    """As many keys as queries, where that is the default: latent attention has no groups."""
+    heads, keys = (getattr(default, name, None) for name in ("num_attention_heads", "num_key_value_heads"))
+    if heads == keys and "num_key_value_heads" in fields:
+        fields["num_key_value_heads"] = fields.get("num_attention_heads", HEADS)
+
+
+def _shrink_sections(default: Any, fields: dict[str, Any]) -> None:
+    """Multimodal rotary positions: their sections fill half of the (smaller) head."""
+    rope = getattr(default, "rope_parameters", None)
+    if isinstance(rope, dict) and "mrope_section" in rope:
+        head = getattr(default, "head_dim", None) or default.hidden_size // default.num_attention_heads
+        whole = sum(rope["mrope_section"]) * HEAD // head
+        sections = [max(1, n * HEAD // head) for n in rope["mrope_section"]]
+        sections[-1] = whole - sum(sections[:-1])
+        fields["rope_parameters"] = rope | {"mrope_section": sections}
+
+
+def shake(model: nn.Module) -> nn.Module:
+    """Random weights for all: blocks that begin as the identity (gates of zero) would let a wrong skip pass."""
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            # norm scales stay near what they are, one or, in Gemma's writing, zero
+            centre = parameter.mean() if parameter.ndim == 1 else 0.0
+            parameter.copy_(centre + SPREAD * torch.randn(parameter.shape, generator=generator))
+    return model.eval().float()
+
+
+# the same for diffusers, whose classes take their settings by name
+DIFFUSERS_SIZES: list[tuple[str, Any]] = [
+    (r"(num_layers|num_single_layers|num_mmdit_layers|num_single_dit_layers|n_layers|depth|num_visual_blocks|mmdit_layers|num_hidden_layers)", LAYERS),
+    (r"(num_refiner_layers|n_refiner_layers|num_text_blocks|num_layerwise_text_blocks|num_refiner_text_blocks)", 2),
+    (r"num_key_value_heads|num_kv_heads|n_kv_heads|text_num_key_value_heads", HEADS),
+    (r".*num_attention_heads|n_heads|num_heads|num_cross_attention_heads|num_key_value_attention_heads", HEADS),
+    (r"attention_head_dim|cross_attention_head_dim|head_dim|linear_head_dim|audio_attention_head_dim", 16),
+    (r"hidden_size|dim|model_dim|caption_projection_dim|inner_dim|embed_dim", 64),
+    (r"in_channels|in_visual_dim|out_visual_dim|out_channels|latent_channels|in_dim|out_dim|io_channels|cond_in_channels", 16),
+    (r"audio_in_channels|audio_out_channels|in_audio_dim|out_audio_dim|audio_acoustic_hidden_dim", 16),
+    (r".*(ffn_dim|ff_dim|intermediate_size|ffn_hidden_size|ff_inner_dim)", 48),
+    (r"sample_(size|width|height|frames)|image_size|target_size", 8),
+    (r"max_text_seq_length|text_len(_t5)?|pos_embed_max_size", 8),
+    (r"approximator_layers", 2),
+]
+
+
+def tiny_settings(settings: dict[str, Any]) -> dict[str, Any]:
+    """Tiny values for the defaults of a diffusers class."""
+    small = {name: _small_setting(name, value) for name, value in settings.items()}
+    head = next((settings[name] for name in ("attention_head_dim", "head_dim") if settings.get(name)), None)
+    for name, value in settings.items():
+        if isinstance(value, list | tuple) and value and all(type(n) is int for n in value) and ("axes_dim" in name or name.startswith("rope")):
+            small[name] = type(value)(AXES[len(value)])
+    return {name: value for name, value in small.items() if value != settings[name]}
+
+
+AXES = {2: (8, 8), 3: (8, 4, 4), 4: (4, 4, 4, 4)}
+
+
+def _small_setting(name: str, value: Any) -> Any:
+    if type(value) is not int:
+        return value
+    for pattern, small in DIFFUSERS_SIZES:
+        if re.fullmatch(pattern, name):
+            return min(value, small)
+    return min(value, 32) if re.search(r"_dim(_t5|2)?$|_channels$|_features$", name) else value
