@@ -292,7 +292,7 @@ def _add_weights(meter: "Meter", model: nn.Module, owners: Mapping[nn.Module, tu
     charge(model, None)
 
 
-def _matmul(out: Tensor, a: Tensor, b: Tensor, *_: Any, **__: Any) -> int:
+def _matmul(out: Tensor, a: Tensor, *_: Any, **__: Any) -> int:
     return 2 * out.numel() * a.shape[-1]
 
 
@@ -309,9 +309,16 @@ def _einsum(out: Tensor, equation: str, *operands: Any, **__: Any) -> int:
     tensors = operands[0] if isinstance(operands[0], tuple | list) else operands
     if len(tensors) < 2:  # a permutation
         return 0
-    letters = zip(equation.replace(" ", "").split("->")[0].split(","), tensors, strict=True)
-    sizes = {letter: n for term, tensor in letters for letter, n in zip(term, tensor.shape, strict=True)}
+    terms = zip(equation.replace(" ", "").split("->")[0].split(","), tensors, strict=True)
+    sizes = {letter: n for term, tensor in terms for letter, n in zip(_letters(term, tensor), tensor.shape, strict=True)}
     return 2 * math.prod(sizes.values())
+
+
+def _letters(term: str, tensor: Tensor) -> str:
+    """One letter for each dimension; those that an ellipsis stands for are counted from the right, as torch does."""
+    before, dots, behind = term.partition("...")
+    left = tensor.ndim - len(before) - len(behind)
+    return before + "0123456789"[:left][::-1] + behind if dots else term
 
 
 def _attention(out: Tensor, query: Tensor, key: Tensor, value: Tensor, *_: Any, **__: Any) -> int:

@@ -84,7 +84,10 @@ def _handing_on(block: nn.Module) -> Any:
         result = forward(*args, **kwargs)
         if isinstance(result, Tensor):
             return _like(result, tensors)
-        return type(result)(_like(value, tensors) if isinstance(value, Tensor) else value for value in result)
+        streams = [_like(value, tensors) if isinstance(value, Tensor) else value for value in result]
+        if len({id(stream) for stream in streams if isinstance(stream, Tensor)}) < sum(isinstance(stream, Tensor) for stream in streams):
+            raise LookupError("two results have the shape of one argument")
+        return type(result)(streams)
 
     return handed
 

@@ -33,7 +33,43 @@ SIZES: list[tuple[str, int | None]] = [
 ]
 
 # what the names do not say: class of a model -> fields of its config, those of a part as "text_config.field"
-CHANGES: dict[str, dict[str, Any]] = {}
+CHANGES: dict[str, dict[str, Any]] = {
+    # of two kinds of layers at least two of each are left when any one is skipped
+    "JambaForCausalLM": {"num_hidden_layers": 6, "attn_layer_period": 2, "attn_layer_offset": 1},
+    "BambaForCausalLM": {"num_hidden_layers": 6, "attn_layer_indices": [1, 3, 4]},
+    "ReformerModelWithLMHead": {"is_decoder": True, "axial_pos_embds_dim": [16, 48], "axial_pos_shape": [8, 8]},
+    "ReformerForMaskedLM": {"is_decoder": False, "axial_pos_embds_dim": [16, 48], "axial_pos_shape": [8, 8]},
+    "ReformerModel": {"axial_pos_embds_dim": [16, 48], "axial_pos_shape": [8, 8]},
+    "DbrxForCausalLM": {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4}},
+    "ChameleonForConditionalGeneration": {"vocabulary_map": {"<image>": 5}},
+    "Emu3ForConditionalGeneration": {"vocabulary_map": {"<image>": 5}},
+    "GPTNeoForCausalLM": {"attention_types": [[["global", "local"], 2]], "attention_layers": ["global", "local"] * 2},
+    "EsmcForMaskedLM": {"num_key_value_heads": HEADS},
+    "EsmForMaskedLM": {"vocab_size": VOCABULARY, "pad_token_id": 1, "mask_token_id": 5},
+    "Lfm2MoeForCausalLM": {"layer_types": ["conv", "full_attention"] * 3, "num_hidden_layers": 6},
+    "Dots1ForCausalLM": {"n_routed_experts": 4, "num_experts_per_tok": 2, "n_shared_experts": 1},
+    "MambaForCausalLM": {"time_step_rank": 4},
+    "Mamba2ForCausalLM": {"num_heads": 8, "head_dim": 16, "n_groups": 1, "state_size": 16},
+    "Step3p7ForConditionalGeneration": {"text_config.sliding_window": 4},
+    "T5GemmaEncoderModel": {"is_encoder_decoder": False},
+    "T5ForConditionalGeneration": {"decoder_start_token_id": 0},
+    "XmodForCausalLM": {"default_language": "en_XX", "is_decoder": True},
+    "XmodForMaskedLM": {"default_language": "en_XX"},
+}
+ROPE = {"rope_type": "default", "rope_theta": 1e4}
+for _name in ("Qwen2VL", "Qwen2_5_VL", "Qwen2_5OmniThinker", "PaddleOCRVL"):
+    CHANGES[f"{_name}ForConditionalGeneration"] = {"text_config.rope_parameters": ROPE | {"mrope_section": [2, 3, 3]}}
+for _name in ("Glm46V", "Glm4v", "Glm4vMoe", "GlmOcr"):
+    CHANGES[f"{_name}ForConditionalGeneration"] = {
+        "text_config.rope_parameters": ROPE | {"partial_rotary_factor": 0.5, "mrope_section": [2, 1, 1]}
+    }
+# decoders among the encoders
+for _name in ("BertLMHeadModel", "BertGenerationDecoder") + tuple(
+    f"{_kind}ForCausalLM"
+    for _kind in "BigBird Camembert Data2VecText Electra Ernie MegatronBert RemBert RoCBert RoFormer Roberta "
+    "RobertaPreLayerNorm XLMRoberta XLMRobertaXL".split()
+):
+    CHANGES[_name] = {"is_decoder": True}
 
 
 def tiny_config(model_class: Any) -> Any:
@@ -60,6 +96,8 @@ def _shrunk(default: Any, changes: dict[str, Any]) -> Any:
 def _small(name: str, value: int) -> int:
     for pattern, small in SIZES:
         if re.fullmatch(pattern, name):
+            if small == LAYERS and value > 1:
+                return LAYERS
             return value if value < 0 else min(value, VOCABULARY - 4 + value % 4 if small is None else small)
     return value
 
@@ -100,7 +138,7 @@ DIFFUSERS_SIZES: list[tuple[str, Any]] = [
     (r"num_key_value_heads|num_kv_heads|n_kv_heads|text_num_key_value_heads", HEADS),
     (r".*num_attention_heads|n_heads|num_heads|num_cross_attention_heads|num_key_value_attention_heads", HEADS),
     (r"attention_head_dim|cross_attention_head_dim|head_dim|linear_head_dim|audio_attention_head_dim", 16),
-    (r"hidden_size|dim|model_dim|caption_projection_dim|inner_dim|embed_dim", 64),
+    (r"hidden_size|dim|model_dim|caption_projection_dim|inner_dim|embed_dim|cross_attention_dim", 64),
     (r"in_channels|in_visual_dim|out_visual_dim|out_channels|latent_channels|in_dim|out_dim|io_channels|cond_in_channels", 16),
     (r"audio_in_channels|audio_out_channels|in_audio_dim|out_audio_dim|audio_acoustic_hidden_dim", 16),
     (r".*(ffn_dim|ff_dim|intermediate_size|ffn_hidden_size|ff_inner_dim)", 48),
@@ -110,14 +148,53 @@ DIFFUSERS_SIZES: list[tuple[str, Any]] = [
 ]
 
 
-def tiny_settings(settings: dict[str, Any]) -> dict[str, Any]:
-    """Tiny values for the defaults of a diffusers class."""
+DIFFUSERS_CHANGES: dict[str, dict[str, Any]] = {
+    "AceStepTransformer1DModel": {"in_channels": 48},
+    "LTX2VideoTransformer3DModel": {"audio_cross_attention_dim": 64, "caption_channels": 64},
+    "LTXVideoTransformer3DModel": {"caption_channels": 32},
+    "DreamLiteTransformer2DModel": {"in_channels": 64, "cross_attention_dim": 64},
+    "EasyAnimateTransformer3DModel": {"in_channels": 16, "out_channels": 16, "patch_size": 2},
+    "HiDreamImageTransformer2DModel": {
+        "patch_size": 2,
+        "in_channels": 16,
+        "out_channels": 16,
+        "caption_channels": [32, 32],
+        "text_emb_dim": 32,
+        "axes_dims_rope": (8, 4, 4),
+        "max_resolution": (32, 32),
+        "llama_layers": list(range(8)),
+    },
+    "HunyuanDiT2DModel": {"in_channels": 16, "patch_size": 2},
+    "LatteTransformer3DModel": {
+        "in_channels": 16,
+        "patch_size": 2,
+        "cross_attention_dim": 64,
+        "caption_channels": 32,
+        "num_layers": 4,
+        "norm_type": "ada_norm_single",
+        "num_embeds_ada_norm": 1000,
+        "video_length": 3,
+    },
+    "LuminaNextDiT2DModel": {"num_kv_heads": 2},
+    "OmniGenTransformer2DModel": {"rope_scaling": {"long_factor": [1.0] * 8, "short_factor": [1.0] * 8}},
+    "HunyuanVideoFramepackTransformer3DModel": {"has_clean_x_embedder": True, "has_image_proj": True},
+    "PRXTransformer2DModel": {"axes_dim": [8, 8]},
+    "Transformer2DModel": {"in_channels": 32, "num_layers": 4, "cross_attention_dim": 32},
+    "TransformerTemporalModel": {"in_channels": 32, "num_layers": 4, "cross_attention_dim": 32},
+    "WanAnimateTransformer3DModel": {"in_channels": 36},
+    "WanVACETransformer3DModel": {"vace_layers": [0, 2], "vace_in_channels": 16},
+}
+
+
+def tiny_settings(settings: dict[str, Any], name: str) -> dict[str, Any]:
+    """Tiny values for the defaults of the diffusers class of this name."""
+    changes = DIFFUSERS_CHANGES.get(name, {})
     small = {name: _small_setting(name, value) for name, value in settings.items()}
     head = next((settings[name] for name in ("attention_head_dim", "head_dim") if settings.get(name)), None)
     for name, value in settings.items():
         if isinstance(value, list | tuple) and value and all(type(n) is int for n in value) and ("axes_dim" in name or name.startswith("rope")):
             small[name] = type(value)(AXES[len(value)])
-    return {name: value for name, value in small.items() if value != settings[name]}
+    return {name: value for name, value in small.items() if value != settings[name]} | changes
 
 
 AXES = {2: (8, 8), 3: (8, 4, 4), 4: (4, 4, 4, 4)}

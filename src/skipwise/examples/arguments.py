@@ -44,13 +44,14 @@ AUDIO = 6  # latent steps of a second, audio, stream
 
 @dataclass(frozen=True)
 class Call:
-    """What the makers know: text_width is the config's field, one of TEXT_WIDTHS."""
+    """What the makers know: text_width is the config's field, one of TEXT_WIDTHS; a timestep a frame, or one for all."""
 
     config: Any
     size: Size
     new: Tensors
     layout: Layout
     text_width: str | None
+    time_a_frame: bool = False
 
     def setting(self, *names: str) -> Any:
         """The first of these settings of the config that has a value."""
@@ -84,7 +85,14 @@ Maker = Callable[[Call], Any]
 
 
 def _text(call: Call) -> Tensor | None:
-    return None if call.text_width is None else call.new.noise(call.text, getattr(call.config, call.text_width))
+    """States of a text encoder; of several of its layers where the config says so (Krea 2, FIBO 2)."""
+    if call.text_width is None:
+        return None
+    width, layers = getattr(call.config, call.text_width), call.setting("num_text_layers")
+    bundles = call.setting("injection_layer_ids")
+    if bundles:
+        return call.new.noise(1 + len(bundles), call.text, width)
+    return call.new.noise(call.text, layers, width) if layers else call.new.noise(call.text, width)
 
 
 def _other_text(*widths: str, length: str = "") -> Maker:
@@ -111,7 +119,8 @@ def _image_text(call: Call) -> Tensor | None:
 
 
 def _time(call: Call) -> Tensor:
-    return call.new.full(0.5 if call.layout.name == "packed" else 500)
+    frames = (call.layout.frames,) if call.time_a_frame else ()
+    return call.new.full(0.5 if call.layout.name == "packed" else 500, *frames)
 
 
 def _guidance(call: Call) -> Tensor | None:
@@ -157,13 +166,21 @@ def _rotary(call: Call) -> tuple[Tensor, Tensor]:
 
 
 def _context_latents(call: Call) -> Tensor | None:
-    rest = call.config.in_channels - (call.setting("audio_acoustic_hidden_dim") or 0)
-    return call.new.noise(call.layout.shape[0], rest) if rest > 0 else None
+    """What latents are continued by, channel by channel."""
+    length, channels = call.layout.shape[0], call.layout.shape[-1]
+    return call.new.noise(length, call.config.in_channels - channels) if call.config.in_channels > channels else None
 
 
 def _image_embeds(call: Call) -> Tensor | None:
+    """Zeros, which say that there is no picture to begin with: HunyuanVideo 1.5 looks at them."""
     width = call.setting(*IMAGE_WIDTHS)
-    return width and call.new.noise(call.size.text + 1, width)
+    return width and call.new.full(0, call.size.text + 1, width)
+
+
+def _global(call: Call) -> Tensor | None:
+    """How long the sound is: a vector, or a sequence of one that is put before the latents."""
+    width, place = call.setting("global_cond_dim"), call.setting("global_states_input_dim")
+    return call.new.noise(width) if width else place and call.new.noise(1, place)
 
 
 # in the order of a call; what is None is left out
@@ -189,37 +206,41 @@ ALWAYS: dict[str, Maker] = {
     "timestep_r": lambda call: _time(call) if call.setting("use_meanflow") else None,
     "control_hidden_states": _grid(lambda call: call.setting("vace_in_channels")),
 }
-# what a forward must have, or, if it does not run without, may have
-IF_NEEDED: dict[str, Maker] = {
-    "image_rotary_emb": _rotary,
-    "encoder_attention_mask": lambda call: call.new.mask(call.text),
-    "encoder_attention_mask_2": lambda call: call.new.mask(call.size.text),
-    "encoder_hidden_states_mask": lambda call: call.new.mask(call.text),
-    "encoder_mask": lambda call: call.new.mask(call.text),
-    "text_embedding_mask": lambda call: call.new.mask(call.text),
-    "text_embedding_mask_t5": lambda call: call.new.mask(call.setting("text_len_t5") or call.size.text),
+# what is made for a forward that cannot do without
+REQUIRED: dict[str, Maker] = {
     "timestep_r": _time,
     "r_timestep": _time,
-    "class_labels": lambda call: call.new.labels(),
     "original_size": lambda call: call.new.full(1024, 2),
     "target_size": lambda call: call.new.full(1024, 2),
     "crop_coords": lambda call: call.new.full(0, 2),
-    "image_meta_size": lambda call: call.new.full(1024, 6),
-    "style": lambda call: call.new.labels(),
-    "added_cond_kwargs": _added_conditions,
     "position_ids": lambda call: torch.cat([_text_ids(call), _image_ids(call)]),
     "context_latents": _context_latents,
-    "image_embeds": _image_embeds,
-    "indices_latents": lambda call: torch.arange(call.layout.frames, device=call.new.small).repeat(call.size.batch, 1),
+    "indices_latents": lambda call: torch.arange(call.layout.frames, device=call.new.small),
     "text_bth": _text,
     "text_lens": lambda call: call.new.full(call.text, dtype=torch.long),
     "prior_token_id": lambda call: call.new.labels(call.layout.tokens),
     "prior_token_drop": lambda call: call.new.full(False, dtype=torch.bool),
     "visual_rope_pos": _rope_places,
     "text_rope_pos": lambda call: torch.arange(call.text, device=call.new.small),
-    "global_hidden_states": _width("global_cond_dim"),
-    "audio_hidden_states": lambda call: call.new.noise(AUDIO, call.setting("audio_in_channels", "in_audio_dim")),
     "audio_encoder_hidden_states": _text,
+}
+# what is made for those too, and, when nothing less runs, where it is optional
+IF_NEEDED: dict[str, Maker] = {
+    "image_rotary_emb": _rotary,
+    "rotary_embedding": lambda call: call.new.rotary(call.layout.tokens + 1, call.head_dim // 2),
+    "encoder_attention_mask": lambda call: call.new.mask(call.text),
+    "encoder_attention_mask_2": lambda call: call.new.mask(call.size.text),
+    "encoder_hidden_states_mask": lambda call: call.new.mask(call.text),
+    "encoder_mask": lambda call: call.new.mask(call.text),
+    "text_embedding_mask": lambda call: call.new.mask(call.text),
+    "text_embedding_mask_t5": lambda call: call.new.mask(call.setting("text_len_t5") or call.size.text),
+    "class_labels": lambda call: call.new.labels(),
+    "image_meta_size": lambda call: call.new.full(1024, 6),
+    "style": lambda call: call.new.labels(),
+    "added_cond_kwargs": _added_conditions,
+    "image_embeds": _image_embeds,
+    "global_hidden_states": _global,
+    "audio_hidden_states": lambda call: call.new.noise(AUDIO, call.setting("audio_in_channels", "in_audio_dim")),
     "audio_num_frames": lambda call: AUDIO,
     "text_encoder_layers": lambda call: [
         call.new.noise(call.text, call.config.text_encoder_dim)

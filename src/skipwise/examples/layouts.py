@@ -7,7 +7,7 @@ from typing import Any
 from skipwise.examples.size import Size
 from skipwise.examples.tensors import round_up
 
-CHANNELS = ("in_channels", "in_visual_dim", "in_dim", "io_channels")
+CHANNELS = ("audio_acoustic_hidden_dim", "in_channels", "in_visual_dim", "in_dim", "io_channels")
 PACKED = 2  # FLUX and its kin: 2 x 2 latent pixels are one token before the model sees them
 
 
@@ -35,6 +35,8 @@ def layouts(config: Any, names: Collection[str], size: Size) -> Iterator[Layout]
         first = ["token a pixel"]
     elif {"img_ids", "img_shapes", "position_ids"} & set(names):
         first = ["packed"]
+    elif hasattr(config, "audio_acoustic_hidden_dim"):
+        first = ["audio steps"]
     elif is_video(config):
         first = ["video", "frames"]
     yield from (found[name] for name in dict.fromkeys([*first, *found]))
@@ -54,6 +56,9 @@ def _all(config: Any, size: Size) -> Iterator[Layout]:
     yield Layout("image", (channels, height, width), 1, height, width, image)
     yield Layout("video", (channels, frames, height, width), frames, height, width, video)
     yield Layout("frames", (frames, channels, height, width), frames, height, width, video)
+    yield Layout("channels last", (frames, height, width, channels), frames, height, width, video)
+    conditioned = 2 * channels + 1  # Kandinsky: the latents, what they begin with, and where that is
+    yield Layout("channels last, conditioned", (frames, height, width, conditioned), frames, height, width, video)
     yield Layout("packed", (packed * packed, channels), 1, packed, packed, packed * packed)
     token_a_pixel = size.frames * pixels
     yield Layout("token a pixel", (token_a_pixel, channels), size.frames, size.image, size.image, token_a_pixel)

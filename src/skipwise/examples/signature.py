@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 from skipwise.errors import UserError
-from skipwise.examples.arguments import ALWAYS, IF_NEEDED, TEXT_WIDTHS, Call
+from skipwise.examples.arguments import ALWAYS, IF_NEEDED, REQUIRED, TEXT_WIDTHS, Call
 from skipwise.examples.layouts import layouts
 from skipwise.examples.shapes import meta_twin, shapes_only
 from skipwise.examples.size import Size
@@ -31,13 +31,19 @@ class Way:
     """How a model of one class is called.
 
     layout: the latents' (`layouts.py`); text_width: the config's field; guided: with guidance, if the config speaks of
-    it; all_known: with every optional argument that there is a maker for, and not only with what is usual.
+    it; all_known: with every optional argument that there is a maker for, and not only with what is usual;
+    time_a_frame: with a timestep for each frame.
     """
 
     layout: str
     text_width: str | None
     guided: bool = True
     all_known: bool = False
+    time_a_frame: bool = False
+
+
+class UnknownArgumentError(Exception):
+    """A required argument for which there is no maker."""
 
 
 class NoExampleError(UserError):
@@ -55,21 +61,24 @@ def from_signature(model: nn.Module, size: Size, new: Tensors) -> dict[str, Any]
 
 
 def _find_way(model: nn.Module) -> Way:
-    """The first way that runs."""
+    """The first way that runs, on shapes alone."""
     twin = meta_twin(model)
     new = Tensors(TRIED.batch, torch.device("meta"), dtype_of(model))
-    first = ""
+    reason, furthest = "it has none of the latents that are known", -1
     for way in _ways(twin):
-        try:
-            kwargs = _arguments(twin, way, TRIED, new)
-            with shapes_only():
-                twin(**kwargs)
-            return way
-        except NoExampleError:
-            raise
-        except Exception as error:  # the call does not fit: models complain each in its own way
-            first = first or f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
-    raise no_example(model, f"of the calls that its signature and config suggest none runs ({first})")
+        with shapes_only() as shapes:
+            try:
+                twin(**_arguments(twin, way, TRIED, new))
+                return way
+            except Exception as error:  # the call does not fit: models complain each in its own way
+                if shapes.ops > furthest:
+                    reason, furthest = _told(error), shapes.ops
+    raise no_example(model, f"of the calls that its signature and config suggest none runs ({reason})")
+
+
+def _told(error: Exception) -> str:
+    said = " ".join(str(error).split())[:200]
+    return said if isinstance(error, UnknownArgumentError) else f"{type(error).__name__}: {said}"
 
 
 def no_example(model: nn.Module, reason: str) -> NoExampleError:
@@ -85,15 +94,16 @@ def _ways(model: nn.Module) -> Iterator[Way]:
     config: Any = model.config
     found = [layout.name for layout in layouts(config, parameters, TRIED)]
     widths = [name for name in dict.fromkeys(TEXT_WIDTHS) if type(getattr(config, name, None)) is int] or [None]
-    for (guided, all_known), layout in product([(True, False), (False, False), (True, True)], found):
-        yield from (Way(layout, width, guided, all_known) for width in widths)
+    extras = [{}, {"guided": False}, {"all_known": True}, {"time_a_frame": True}]
+    for extra, layout in product(extras, found):
+        yield from (Way(layout, width, **extra) for width in widths)
 
 
 def _arguments(model: nn.Module, way: Way, size: Size, new: Tensors) -> dict[str, Any]:
     parameters = parameters_of(model)
     config: Any = model.config
     layout = next(each for each in layouts(config, parameters, size) if each.name == way.layout)
-    call = Call(config, size, new, layout, way.text_width)
+    call = Call(config, size, new, layout, way.text_width, way.time_a_frame)
     first, *others = parameters  # the latents come first, whatever their name
     kwargs = {first: new.noise(*layout.shape)}
     for name in others:
@@ -101,7 +111,7 @@ def _arguments(model: nn.Module, way: Way, size: Size, new: Tensors) -> dict[str
         if value is not None:
             kwargs[name] = value
         elif parameters[name].default is inspect.Parameter.empty:
-            raise no_example(model, f"what its forward's argument `{name}` is cannot be told from its config")
+            raise UnknownArgumentError(f"what its forward's argument `{name}` is cannot be told from its config")
     return kwargs
 
 
@@ -110,6 +120,8 @@ def _value(call: Call, parameter: inspect.Parameter, way: Way) -> Any:
     makers: list[Callable[[Call], Any]] = []
     if name in ALWAYS and (way.guided or name != "guidance"):
         makers.append(ALWAYS[name])
+    if name in REQUIRED and required:
+        makers.append(REQUIRED[name])
     if name in IF_NEEDED and (required or way.all_known):
         makers.append(IF_NEEDED[name])
     return next((value for make in makers if (value := make(call)) is not None), None)
