@@ -6,6 +6,7 @@ for by architecture, stack lengths and width, so that it can be checked before i
 
 import hashlib
 import json
+import operator
 import shutil
 import tempfile
 from collections.abc import Mapping, Sequence
@@ -119,6 +120,18 @@ class Plan(_Frozen):
         blocks = {stack: tuple(sorted(numbers)) for stack, numbers in skip.items() if len(numbers)}
         made_by = made_by or Provenance(method="by hand")
         return cls(model=model, phases=(Phase(skip=blocks),), made_by=made_by)
+
+    @classmethod
+    def of(cls, model: ModelShape, what: "Plan | Sequence[int] | Mapping[str, Sequence[int]]") -> "Plan":
+        """A plan as it is, or a static one from block numbers: [3, 4] of a model's only stack, or {"stack": [3, 4]}.
+
+        Raises UserError for anything else, and for bare numbers where the model has several stacks.
+        """
+        if isinstance(what, Plan):
+            return what
+        if not isinstance(what, Mapping):
+            what = {_only_stack(model, what): what}
+        return cls.static(model, {stack: _numbers(stack, numbers) for stack, numbers in what.items()})
 
     @cached_property
     def is_static(self) -> bool:
@@ -262,6 +275,30 @@ class Plan(_Frozen):
             return cls.model_validate(content)
         except ValidationError as error:
             raise UserError(f"{source}: {_first_problem(error, cls)}") from error
+
+
+def _only_stack(model: ModelShape, numbers: Any) -> str:
+    if len(model.stacks) == 1:
+        return next(iter(model.stacks))
+    names = ", ".join(f'{{"{name}": {numbers}}}' for name in model.stacks)
+    raise UserError(f"Blocks {numbers} of which stack of {model.architecture}? Give one of: {names}.")
+
+
+def _numbers(stack: str, numbers: Any) -> list[int]:
+    """Whole numbers of any kind (range, set, numpy, tensor). Raises UserError for anything else."""
+    try:
+        if isinstance(numbers, str | bytes):
+            raise TypeError(f"{numbers!r} is text")
+        found = [operator.index(number) for number in numbers]
+    except TypeError as error:
+        raise UserError(
+            f"Blocks of {stack} are given as {numbers!r}: {error}; give whole numbers, such as [3, 4], or a Plan."
+        ) from error
+    if any(isinstance(number, bool) for number in numbers):
+        raise UserError(
+            f"Blocks of {stack} are given as {numbers!r}; give the numbers of those to skip, such as [3, 4]."
+        )
+    return found
 
 
 def _read_companion(path: Path) -> bytes:
