@@ -116,10 +116,10 @@ class Plan(_Frozen):
 
     @classmethod
     def static(cls, model: ModelShape, skip: Mapping[str, Sequence[int]], made_by: Provenance | None = None) -> "Plan":
-        """A plan that skips the same blocks at every step."""
-        blocks = {stack: tuple(sorted(numbers)) for stack, numbers in skip.items() if len(numbers)}
+        """A plan that skips the same blocks at every step. Raises UserError for blocks that the model has not."""
+        blocks = {stack: tuple(sorted(set(numbers))) for stack, numbers in skip.items() if len(numbers)}
         made_by = made_by or Provenance(method="by hand")
-        return cls(model=model, phases=(Phase(skip=blocks),), made_by=made_by)
+        return cls.parse({"model": model, "phases": (Phase(skip=blocks),), "made_by": made_by}, source="")
 
     @classmethod
     def of(cls, model: ModelShape, what: "Plan | Sequence[int] | Mapping[str, Sequence[int]]") -> "Plan":
@@ -270,11 +270,12 @@ class Plan(_Frozen):
 
     @classmethod
     def parse(cls, content: dict[str, Any], source: str = "plan") -> "Plan":
-        """Validate a plan from a dictionary; every problem is one line that begins with `source`."""
+        """Validate a plan from a dictionary; every problem is one line that begins with `source`, if there is one."""
         try:
             return cls.model_validate(content)
         except ValidationError as error:
-            raise UserError(f"{source}: {_first_problem(error, cls)}") from error
+            problem = _first_problem(error, cls)
+            raise UserError(f"{source}: {problem}" if source else problem) from error
 
 
 def _only_stack(model: ModelShape, numbers: Any) -> str:
