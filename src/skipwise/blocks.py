@@ -135,7 +135,7 @@ def _trace_contract(model: nn.Module, example: Mapping[str, Any] | None) -> Cont
     refused: dict[str, str] = {}
     stacks: dict[str, Stack] = {}
     for name, blocks in lists.items():
-        reason = _refusal(traces[name].calls, blocks)
+        reason = _refusal(traces[name].calls, blocks) or _collected(model, name, traces[name].calls)
         if reason:
             refused[name] = reason
         else:
@@ -225,6 +225,20 @@ def _refusal(calls: Sequence[Call], blocks: nn.ModuleList) -> str | None:
         if _links(call, following) != _links(calls[0], calls[1]):
             return f"block {following.index} takes its streams otherwise than block 1"
     return _long_skip(calls)
+
+
+def _collected(model: nn.Module, name: str, calls: Sequence[Call]) -> str | None:
+    """The reason to refuse when blocks also make something that is no stream, which the model then has for each block.
+
+    transformers' blocks do so with attention weights, which nothing but the output needs.
+    """
+    streams = {stream.output for stream in _links(calls[0], calls[1])}
+    made = [
+        place for place, output in calls[0].outputs().items() if isinstance(output, Tensor) and place not in streams
+    ]
+    if not made or layer_configs(model, name):
+        return None
+    return f"its blocks also return something that is no stream (at place {made[0]}), which the model collects"
 
 
 def _links(call: Call, following: Call) -> tuple[Stream, ...]:

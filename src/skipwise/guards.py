@@ -16,7 +16,7 @@ from torch.nn.parallel import DistributedDataParallel
 from skipwise.blocks import Stack
 from skipwise.errors import UserError
 from skipwise.kept import PassThrough, Undo, every_block, keep
-from skipwise.step_caches import is_cached
+from skipwise.step_caches import check_places, is_cached
 from skipwise.wrapping import class_of
 
 Around = Callable[[tuple, Mapping[str, Any]], Undo | None]  # a call's arguments -> what to do after it
@@ -66,12 +66,14 @@ class KeptPlaces:
         return keep(self.blocks, range(len(whole)), instead)
 
 
-def watch_calls(model: nn.Module, kept: Mapping[str, nn.ModuleList]) -> Undo:
+def watch_calls(model: nn.Module, kept: Mapping[str, nn.ModuleList], in_place: bool) -> Undo:
     """Check every call of the model for what would silently go wrong with blocks out of it. Returns what ends it.
 
-    kept: stack name -> its list, blocks of which are out.
+    kept: stack name -> its list, blocks of which are out; in_place: whether some of those keep their places.
     """
     checks = [check for make in (_gradients, _layer_skips, _stores) if (check := make(model, kept)) is not None]
+    if in_place and hasattr(model, "is_cache_enabled"):
+        checks.append(lambda kwargs: check_places(model))
     if not checks:
         return lambda: None
 

@@ -57,7 +57,7 @@ class KeptBlocks:
             "A plan is in force: its list of blocks can be neither changed, copied nor pickled; leave the `with` first."
         )
 
-    __setitem__ = __delitem__ = __iadd__ = __add__ = append = insert = extend = pop = _refuse
+    __setitem__ = __delitem__ = __iadd__ = append = insert = extend = pop = _refuse
     __deepcopy__ = __reduce_ex__ = _refuse  # a copy would stay as it is when the plan is left
 
 

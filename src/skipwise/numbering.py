@@ -36,7 +36,10 @@ def find_numbering(owner: nn.Module, attribute: str, per_layer: Collection[str])
     """How the class of `owner` uses the numbers of the blocks in its list `attribute`.
 
     per_layer: names of the config's lists that lose the entries of removed blocks, so that a count into them is right.
+    A class that says `counts_what_runs = True` counts the blocks that run, and is taken at its word.
     """
+    if getattr(owner, "counts_what_runs", False):
+        return Numbering()
     uses = _uses(class_of(owner), attribute, tuple(sorted(per_layer)))  # type: ignore[arg-type]
     arguments = frozenset().union(*uses) - CONFIG
     return Numbering(any(not origins for origins in uses), arguments, CONFIG in uses)

@@ -22,7 +22,7 @@ from skipwise.guards import KeptPlaces, watch_calls
 from skipwise.kept import Accompanied, PassThrough, Undo, every_block, keep
 from skipwise.plan import Plan
 from skipwise.stand_ins import Linear, build
-from skipwise.step_caches import cache_off, check_caches, end_cache_dit
+from skipwise.step_caches import cache_off, check_caches, check_places, end_cache_dit
 from skipwise.wrapping import unwrap
 
 Skipped = dict[str, frozenset[int]]  # stack name -> block numbers
@@ -198,7 +198,10 @@ def apply(model: nn.Module, contract: Contract, cut: Cut) -> Undo:
                     lists[name] = module_list(model, name)
                     _cut(model, contract.stacks[name], numbers, cut.stand_ins.get(name, {}), undo)
         if lists:
-            undo.append(watch_calls(model, lists))
+            in_place = any(contract.stacks[name].in_place for name in lists)
+            undo.append(watch_calls(model, lists, in_place))
+            if in_place:
+                check_places(model)
     except BaseException:
         _put_back(undo)
         raise

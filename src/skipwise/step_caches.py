@@ -16,6 +16,8 @@ from torch import nn
 from skipwise.errors import UserError
 
 CACHE_DIT = "_is_cached"  # what cache-dit writes on a transformer that it has changed
+# caches that hang on parts of blocks, and do not mind which block is the first
+ON_ATTENTION = ("FasterCacheConfig", "PyramidAttentionBroadcastConfig", "TaylorSeerCacheConfig", "TextKVCacheConfig")
 
 
 def is_cached(model: nn.Module) -> bool:
@@ -77,6 +79,15 @@ def check_caches(model: nn.Module, static: bool) -> None:
         raise UserError(
             f"{type(model._cache_config).__name__} stores what the blocks of one phase gave, and the plan changes them "
             "from phase to phase; call disable_cache() first, or use a static plan."
+        )
+
+
+def check_places(model: nn.Module) -> None:
+    """Raise UserError for a cache that hangs on whole blocks, where skipped blocks keep their places in the list."""
+    if is_cached(model) and (name := type(model._cache_config).__name__) not in ON_ATTENTION:
+        raise UserError(
+            f"{name} hangs on whole blocks, and this model's skipped blocks keep their places, as it counts its "
+            f"blocks; call disable_cache() first, or use one of {', '.join(ON_ATTENTION)}."
         )
 
 
