@@ -22,6 +22,8 @@ from skipwise.examples import Size, example_inputs, meta_twin, on_meta, shapes_o
 from skipwise.models import head_of
 from skipwise.plan import Phase, Plan
 from skipwise.skipping import whole
+from skipwise.twins import meta_twin
+from skipwise.wrapping import unwrap
 
 
 @dataclass
@@ -199,7 +201,7 @@ def price_blocks(
     """Price every block of a model by one forward on shapes alone; the model itself is neither run nor changed.
 
     Prices are remembered for each model and size."""
-    size = size or Size()
+    model, size = unwrap(model), size or Size()
     known = _known.setdefault(model, {})
     if example is not None or size not in known:
         with whole(model):

@@ -227,6 +227,7 @@ class MDLM(PreTrainedModel):
     takes_cache = True  # past_key_values
     shift = 0  # how far before a position the state is that predicts it
     family = "mdlm"  # of samplers
+    counts_what_runs = True  # its forward numbers the blocks that run, whichever they are
     _no_split_modules = {"MDLMBlock"}  # noqa: RUF012 (transformers' own way)
 
     def __init__(self, config: MDLMConfig):

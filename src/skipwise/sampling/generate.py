@@ -21,6 +21,7 @@ from skipwise.sampling.canvas import Settings
 from skipwise.sampling.denoiser import Denoiser, Step, denoising
 from skipwise.sampling.threads import worthwhile_threads
 from skipwise.skipping import Cut, cut_now, skip
+from skipwise.wrapping import unwrap
 
 
 @dataclass(frozen=True)
@@ -105,6 +106,7 @@ def generate(
     there is nothing to compile with.
     """
     _check_prompts(input_ids, attention_mask)
+    model = unwrap(model)
     if kind_of(model) != "masked diffusion":
         given = {"on_step": on_step, "family": family, "compile": compile}
         diffusion = [*(set(settings) - set(_OF_AUTOREGRESSIVE)), *(name for name, value in given.items() if value)]

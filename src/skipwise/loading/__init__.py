@@ -1,0 +1,27 @@
+"""Models and tokenizers from what people have: embedded names, folders, hub ids, GGUF files.
+
+Never remote code, never pickle. Every key of a checkpoint is used and every parameter filled, or one line says which
+did not fit.
+"""
+
+from skipwise.loading.checks import check_keys, check_weights, quiet, readable_errors
+from skipwise.loading.classes import DTYPES, NATIVE, build_skeleton
+from skipwise.loading.load import load, load_random, load_skeleton
+from skipwise.loading.source import Source, embedded_names, find, pipeline_folder
+
+__all__ = [
+    "DTYPES",
+    "NATIVE",
+    "Source",
+    "build_skeleton",
+    "check_keys",
+    "check_weights",
+    "embedded_names",
+    "find",
+    "load",
+    "load_random",
+    "load_skeleton",
+    "pipeline_folder",
+    "quiet",
+    "readable_errors",
+]

@@ -1,0 +1,108 @@
+"""Where a model is, by the name that a user gives: embedded, a folder, a hub id or a GGUF file."""
+
+import json
+from dataclasses import dataclass
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import snapshot_download
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OfflineModeIsEnabled
+
+from skipwise.errors import UserError, require, unknown
+from skipwise.files import user_cache
+from skipwise.presets import names as preset_names
+
+# Models that `make` targets fetch into the user's cache: name -> target
+FETCHED = {"smollm2-135m": "smollm2"}
+
+# What may be fetched from a hub: no code, no pickle.
+PATTERNS = ["*.json", "*.safetensors", "*.txt", "*.model", "*.jinja", "*.gguf", "README.md", "LICENSE*", "NOTICE*"]
+
+
+@dataclass(frozen=True)
+class Source:
+    """Where a model is: a folder with a config.json, or one GGUF file in a folder."""
+
+    name: str
+    folder: Path
+    gguf: str | None = None
+
+    @property
+    def config(self) -> dict[str, Any]:
+        """The folder's config.json."""
+        path = self.folder / "config.json"
+        try:
+            config = json.loads(path.read_text(encoding="utf-8"))
+        except FileNotFoundError as error:
+            raise UserError(f"{self.folder} has no config.json; give the folder of a saved model.") from error
+        except (OSError, ValueError) as error:
+            raise UserError(f"{path} cannot be read: {error}.") from error
+        if not isinstance(config, dict):
+            raise UserError(f"{path} is not a model's config.")
+        return config
+
+
+def embedded_names() -> list[str]:
+    """Models that come with the package."""
+    return sorted(item.name for item in files("skipwise.zoo").joinpath("weights").iterdir() if item.is_dir())
+
+
+def find(name: str, revision: str | None = None, weights: bool = True) -> Source:
+    """Where the model of this name is. A hub repository is fetched, its config alone when `weights` is False."""
+    if name in embedded_names():
+        return Source(name, _denoiser(_embedded(name)))
+    if name in FETCHED:
+        folder = user_cache() / name
+        if not (folder / "config.json").exists():
+            raise UserError(f"{name} is not on this machine yet; run `make {FETCHED[name]}` once to fetch it.")
+        return Source(name, folder)
+    path = Path(name).expanduser()
+    if path.suffix == ".gguf":
+        if not path.is_file():
+            raise UserError(f"There is no file {name}.")
+        require("gguf", "gguf")
+        return Source(name, path.parent, path.name)
+    if path.is_dir():
+        return Source(name, _denoiser(path))
+    return _from_hub(name, revision, weights)
+
+
+def _embedded(name: str) -> Path:
+    return Path(str(files("skipwise.zoo").joinpath("weights", name)))
+
+
+def _denoiser(folder: Path) -> Path:
+    """Of a diffusers pipeline what denoises, its transformer; any other folder as it is."""
+    inner = folder / "transformer"
+    return inner if (folder / "model_index.json").exists() and inner.is_dir() else folder
+
+
+def pipeline_folder(name: str, revision: str | None = None) -> Path:
+    """The folder of the whole diffusers pipeline of what `load` takes: text encoders and autoencoder are beside it.
+
+    Raises UserError as `load` does, and when it is a model alone.
+    """
+    folder = find(name, revision).folder
+    if folder.name != "transformer" or not (folder.parent / "model_index.json").exists():
+        raise UserError(f"{name} is no diffusers pipeline; give the folder that has its model_index.json.")
+    return folder.parent
+
+
+def _from_hub(name: str, revision: str | None, weights: bool) -> Source:
+    if name in preset_names():
+        raise UserError(
+            f"{name} is a preset, a config without weights; use it with `skipwise inspect` or with "
+            "`skipwise bench --random-weights`."
+        )
+    if name.count("/") != 1 or name.startswith((".", "/", "~")):
+        known = [*embedded_names(), *FETCHED, *preset_names()]
+        problem = str(unknown("model", name, known))
+        raise UserError(f"{problem} Or give an existing folder, a .gguf file, or a hub id such as org/name.")
+    patterns = PATTERNS if weights else ["config.json", "*/config.json", "model_index.json"]
+    try:
+        folder = Path(snapshot_download(name, revision=revision, allow_patterns=patterns))
+    except (OfflineModeIsEnabled, LocalEntryNotFoundError, HfHubHTTPError, HFValidationError, OSError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise UserError(f"{name} is no folder here and cannot be fetched from the hub: {reason}") from error
+    return find(str(folder), weights=weights) if (folder / "model_index.json").exists() else Source(name, folder)

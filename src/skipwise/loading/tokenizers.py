@@ -1,0 +1,19 @@
+"""The tokenizer beside a model's weights."""
+
+from typing import Any
+
+import transformers
+
+from skipwise.loading.checks import quiet
+from skipwise.loading.source import Source
+
+
+def load_tokenizer(source: Source) -> Any:
+    """The tokenizer of a source, which pads on the left; None where there is none."""
+    if source.gguf:
+        return transformers.AutoTokenizer.from_pretrained(source.folder, gguf_file=source.gguf, padding_side="left")
+    names = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json")
+    if not any((source.folder / name).exists() for name in names):
+        return None
+    with quiet():
+        return transformers.AutoTokenizer.from_pretrained(source.folder, trust_remote_code=False, padding_side="left")
