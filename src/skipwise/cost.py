@@ -18,7 +18,7 @@ from torch.overrides import TorchFunctionMode
 
 from skipwise.blocks import Contract, find_contract, module_list
 from skipwise.errors import unknown
-from skipwise.examples import Size, example_inputs, meta_twin, on_meta, shapes_only
+from skipwise.examples import Size, example_inputs, on_meta, run_example, shapes_only
 from skipwise.models import head_of
 from skipwise.plan import Phase, Plan
 from skipwise.skipping import whole
@@ -227,7 +227,7 @@ def _price(model: nn.Module, size: Size, contract: Contract, example: Mapping[st
     inputs = example_inputs(twin, size, device="meta") if example is None else on_meta(twin, example)
     streams: dict[str, Tensor] = {}
     with _attributing(meter, owners), _watching(twin, contract, streams), shapes_only(), meter:
-        twin(**inputs)
+        run_example(twin, inputs)
     _add_weights(meter, twin, owners)
     blocks = {
         name: tuple(meter.prices.get((name, i), Price()) for i in range(stack.length))
@@ -312,7 +312,9 @@ def _einsum(out: Tensor, equation: str, *operands: Any, **__: Any) -> int:
     if len(tensors) < 2:  # a permutation
         return 0
     terms = zip(equation.replace(" ", "").split("->")[0].split(","), tensors, strict=True)
-    sizes = {letter: n for term, tensor in terms for letter, n in zip(_letters(term, tensor), tensor.shape, strict=True)}
+    sizes = {
+        letter: n for term, tensor in terms for letter, n in zip(_letters(term, tensor), tensor.shape, strict=True)
+    }
     return 2 * math.prod(sizes.values())
 
 

@@ -179,11 +179,14 @@ def check_generate(model: nn.Module, contract: Contract) -> str:
     length = contract.stacks[stack].length
     ids = torch.randint(4, 60, (2, 7), generator=torch.Generator().manual_seed(1))
     if kind_of(model) == "masked diffusion":
+
         def decoded(one: nn.Module, plan: Plan | None = None) -> torch.Tensor:
             return sw.generate(one, ids, plan=plan, gen_length=8, steps=4).sequences
     else:
+
         def decoded(one: nn.Module, plan: Plan | None = None) -> torch.Tensor:
             return sw.generate(one, ids, plan=plan, gen_length=NEW, stop_at_eos=False).sequences
+
     for numbers in ({0}, {1}, {0, length - 2}):
         plan = static(contract, stack, numbers)
         under = decoded(model, plan)

@@ -53,7 +53,9 @@ def _cut_lists(config: Any, length: int, kept: list[int]) -> None:
     spec = getattr(config, "_heterogeneity_spec", None)
     if spec is not None:
         spec = copy.copy(spec)
-        overrides = {new: spec.per_layer_overrides[old] for new, old in enumerate(kept) if old in spec.per_layer_overrides}
+        overrides = {
+            new: spec.per_layer_overrides[old] for new, old in enumerate(kept) if old in spec.per_layer_overrides
+        }
         object.__setattr__(spec, "per_layer_overrides", overrides)
         config._heterogeneity_spec = spec
     for name in DEPTHS:
@@ -85,7 +87,9 @@ def _handing_on(block: nn.Module) -> Any:
         if isinstance(result, Tensor):
             return _like(result, tensors)
         streams = [_like(value, tensors) if isinstance(value, Tensor) else value for value in result]
-        if len({id(stream) for stream in streams if isinstance(stream, Tensor)}) < sum(isinstance(stream, Tensor) for stream in streams):
+        if len({id(stream) for stream in streams if isinstance(stream, Tensor)}) < sum(
+            isinstance(stream, Tensor) for stream in streams
+        ):
             raise LookupError("two results have the shape of one argument")
         return type(result)(streams)
 

@@ -66,8 +66,21 @@ for _name in ("Glm46V", "Glm4v", "Glm4vMoe", "GlmOcr"):
 # decoders among the encoders
 for _name in ("BertLMHeadModel", "BertGenerationDecoder") + tuple(
     f"{_kind}ForCausalLM"
-    for _kind in "BigBird Camembert Data2VecText Electra Ernie MegatronBert RemBert RoCBert RoFormer Roberta "
-    "RobertaPreLayerNorm XLMRoberta XLMRobertaXL".split()
+    for _kind in [
+        "BigBird",
+        "Camembert",
+        "Data2VecText",
+        "Electra",
+        "Ernie",
+        "MegatronBert",
+        "RemBert",
+        "RoCBert",
+        "RoFormer",
+        "Roberta",
+        "RobertaPreLayerNorm",
+        "XLMRoberta",
+        "XLMRobertaXL",
+    ]
 ):
     CHANGES[_name] = {"is_decoder": True}
 
@@ -133,13 +146,19 @@ def shake(model: nn.Module) -> nn.Module:
 
 # the same for diffusers, whose classes take their settings by name
 DIFFUSERS_SIZES: list[tuple[str, Any]] = [
-    (r"(num_layers|num_single_layers|num_mmdit_layers|num_single_dit_layers|n_layers|depth|num_visual_blocks|mmdit_layers|num_hidden_layers)", LAYERS),
+    (
+        r"(num_layers|num_single_layers|num_mmdit_layers|num_single_dit_layers|n_layers|depth|num_visual_blocks|mmdit_layers|num_hidden_layers)",
+        LAYERS,
+    ),
     (r"(num_refiner_layers|n_refiner_layers|num_text_blocks|num_layerwise_text_blocks|num_refiner_text_blocks)", 2),
     (r"num_key_value_heads|num_kv_heads|n_kv_heads|text_num_key_value_heads", HEADS),
     (r".*num_attention_heads|n_heads|num_heads|num_cross_attention_heads|num_key_value_attention_heads", HEADS),
     (r"attention_head_dim|cross_attention_head_dim|head_dim|linear_head_dim|audio_attention_head_dim", 16),
     (r"hidden_size|dim|model_dim|caption_projection_dim|inner_dim|embed_dim|cross_attention_dim", 64),
-    (r"in_channels|in_visual_dim|out_visual_dim|out_channels|latent_channels|in_dim|out_dim|io_channels|cond_in_channels", 16),
+    (
+        r"in_channels|in_visual_dim|out_visual_dim|out_channels|latent_channels|in_dim|out_dim|io_channels|cond_in_channels",
+        16,
+    ),
     (r"audio_in_channels|audio_out_channels|in_audio_dim|out_audio_dim|audio_acoustic_hidden_dim", 16),
     (r".*(ffn_dim|ff_dim|intermediate_size|ffn_hidden_size|ff_inner_dim)", 48),
     (r"sample_(size|width|height|frames)|image_size|target_size", 8),
@@ -192,7 +211,12 @@ def tiny_settings(settings: dict[str, Any], name: str) -> dict[str, Any]:
     small = {name: _small_setting(name, value) for name, value in settings.items()}
     head = next((settings[name] for name in ("attention_head_dim", "head_dim") if settings.get(name)), None)
     for name, value in settings.items():
-        if isinstance(value, list | tuple) and value and all(type(n) is int for n in value) and ("axes_dim" in name or name.startswith("rope")):
+        if (
+            isinstance(value, list | tuple)
+            and value
+            and all(type(n) is int for n in value)
+            and ("axes_dim" in name or name.startswith("rope"))
+        ):
             small[name] = type(value)(AXES[len(value)])
     return {name: value for name, value in small.items() if value != settings[name]} | changes
 

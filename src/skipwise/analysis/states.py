@@ -19,6 +19,7 @@ from skipwise.blocks import Stack, bind, module_list, trace_calls
 from skipwise.errors import UserError
 from skipwise.examples import example_inputs
 from skipwise.models.hooks import Onlooker
+from skipwise.twins import twin
 
 _EPSILON = 1e-24  # of a squared norm
 _FEWEST = 32  # tokens that are looked at at once
@@ -147,8 +148,9 @@ class StateReader:
 
     def _takes_tokens_first(self, model: nn.Module, stack: Stack) -> bool:
         """Whether states are (length, batch, width), as XLNet's and FSMT's: seen in a call of one short text."""
-        calls = trace_calls(model, {stack.name: module_list(model, stack.name)}, example_inputs(model))
-        state = calls[stack.name].calls[0].arguments[self.stream.argument]
+        other = twin(model)
+        traces = trace_calls(other, {stack.name: module_list(other, stack.name)}, example_inputs(other))
+        state = traces[stack.name].calls[0].arguments[self.stream.argument]
         return state.shape[0] > 1 and state.shape[1] == 1
 
     def _by_text(self, state: Tensor) -> Tensor:

@@ -13,12 +13,12 @@ from torch import nn
 
 from skipwise.examples.language import language_inputs, on_meta
 from skipwise.examples.rows import ROWS
-from skipwise.examples.shapes import Shapes, meta_twin, shapes_only
-from skipwise.examples.signature import dtype_of, from_signature, no_example
+from skipwise.examples.shapes import Shapes, shapes_only
+from skipwise.examples.signature import dtype_of, from_signature, no_example, run_example
 from skipwise.examples.size import TINY, Size
 from skipwise.examples.tensors import Tensors
 
-__all__ = ["ROWS", "TINY", "Shapes", "Size", "example_inputs", "meta_twin", "on_meta", "shapes_only"]
+__all__ = ["ROWS", "TINY", "Shapes", "Size", "example_inputs", "on_meta", "run_example", "shapes_only"]
 
 
 def example_inputs(model: nn.Module, size: Size = TINY, device: torch.device | str | None = None) -> dict[str, Any]:

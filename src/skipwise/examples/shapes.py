@@ -1,12 +1,12 @@
 """Running a model for its shapes alone, on the meta device."""
 
-import copy
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_any, tree_map_only
 
@@ -17,6 +17,7 @@ _CONSTANTS = {getattr(torch.ops.aten, name).default for name in ("ones", "zeros"
 }
 _SMALL = 1 << 16  # numbers in a mask or a table of positions that is made for real
 _INDEXED = (torch.ops.aten.index.Tensor, torch.ops.aten.index_put.default, torch.ops.aten.index_put_.default)
+_COMPARING = {"take_along_dim", "meshgrid"}
 _MOVED = torch.ops.aten._to_copy.default
 
 
@@ -34,7 +35,7 @@ class Shapes(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         self.ops += 1
-        if tree_any(lambda leaf: isinstance(leaf, Tensor) and leaf.is_meta, (args, kwargs)):
+        if tree_any(_is_meta, (args, kwargs)):
             if func in _INDEXED:
                 args = (args[0], _places(args[1]), *args[2:])
             args, kwargs = tree_map_only(Tensor, lambda tensor: tensor.to("meta"), (args, kwargs))
@@ -46,6 +47,20 @@ class Shapes(TorchDispatchMode):
             made = func(*args, **kwargs)
             return func(*args, **kwargs | {"device": "cpu"}) if made.numel() <= _SMALL else made
         return func(*args, **kwargs)
+
+
+class _OneDevice(TorchFunctionMode):
+    """Has all of an op's tensors on meta, where torch itself compares their devices before the op is dispatched."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if getattr(func, "__name__", "") in _COMPARING and tree_any(_is_meta, (args, kwargs)):
+            args, kwargs = tree_map_only(Tensor, lambda tensor: tensor.to("meta"), (args, kwargs))
+        return func(*args, **kwargs)
+
+
+def _is_meta(leaf: Any) -> bool:
+    return isinstance(leaf, Tensor) and leaf.is_meta
 
 
 def _places(indices: Sequence[Tensor | None]) -> list[Tensor | None]:
@@ -63,12 +78,5 @@ def shapes_only() -> Iterator[Shapes]:
 
     Enter it after a FLOP counter, so that the counter sees the ops that are really run.
     """
-    with torch.no_grad(), Shapes() as shapes:
+    with torch.no_grad(), _OneDevice(), Shapes() as shapes:
         yield shapes
-
-
-def meta_twin(model: nn.Module) -> nn.Module:
-    """A throw-away twin without data. Models keep tables of what they computed, which must not learn meta tensors."""
-    memo: dict[int, Any] = {id(b): b.to("meta") for b in model.buffers()}
-    memo |= {id(p): nn.Parameter(p.detach().to("meta"), p.requires_grad) for p in model.parameters()}
-    return copy.deepcopy(model, memo).eval()

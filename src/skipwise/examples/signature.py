@@ -9,7 +9,6 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from itertools import product
 from typing import Any
-from weakref import WeakKeyDictionary
 
 import torch
 from torch import nn
@@ -17,9 +16,10 @@ from torch import nn
 from skipwise.errors import UserError
 from skipwise.examples.arguments import ALWAYS, IF_NEEDED, REQUIRED, TEXT_WIDTHS, Call
 from skipwise.examples.layouts import layouts
-from skipwise.examples.shapes import meta_twin, shapes_only
+from skipwise.examples.shapes import shapes_only
 from skipwise.examples.size import Size
 from skipwise.examples.tensors import Tensors
+from skipwise.twins import meta_twin
 
 Parameters = Mapping[str, inspect.Parameter]
 # lengths that no two of a call's tensors share, so that only the right call runs
@@ -50,14 +50,16 @@ class NoExampleError(UserError):
     """A model whose inputs cannot be made from its signature and config."""
 
 
-_known: WeakKeyDictionary[nn.Module, Way] = WeakKeyDictionary()
+_known: dict[tuple[type, str], Way] = {}  # by class and config
 
 
 def from_signature(model: nn.Module, size: Size, new: Tensors) -> dict[str, Any]:
     """Keyword arguments for one forward of a diffusers transformer. Raises NoExampleError, with the reason."""
-    if model not in _known:
-        _known[model] = _find_way(model)
-    return _arguments(model, _known[model], size, new)
+    config: Any = model.config
+    key = type(model), repr(sorted(config.items()))
+    if key not in _known:
+        _known[key] = _find_way(model)
+    return _arguments(model, _known[key], size, new)
 
 
 def _find_way(model: nn.Module) -> Way:
@@ -84,9 +86,19 @@ def _told(error: Exception) -> str:
 def no_example(model: nn.Module, reason: str) -> NoExampleError:
     """The refusal of a model that cannot be called without being told how."""
     return NoExampleError(
-        f"{type(model).__name__} has no example inputs: {reason}. From Python, `sw.skip` and `sw.estimate` take them "
-        "as `example`, the keyword arguments of one forward; the command line cannot be given any."
+        f"{type(model).__name__} cannot be tried out: {reason}. From Python, `sw.skip` and `sw.estimate` take inputs that "
+        "do as `example`, the keyword arguments of one forward; the command line cannot be given any."
     )
+
+
+def run_example(model: nn.Module, inputs: Mapping[str, Any]) -> None:
+    """One forward. Raises NoExampleError, with what the model complains of, when it does not run."""
+    try:
+        model(**inputs)
+    except UserError:
+        raise
+    except Exception as error:
+        raise no_example(model, f"it does not run on {', '.join(inputs)} ({_told(error)})") from error
 
 
 def _ways(model: nn.Module) -> Iterator[Way]:
