@@ -18,6 +18,7 @@ from skipwise.exporting import export
 from skipwise.models import kind_of
 from skipwise.plan import Plan
 from skipwise.skipping import skip
+from tests.survey.classes import NotTinyError, build
 from tests.survey.oracle import bypassed, output, removed
 
 RIGHT, NOT_ASKED = "right", "n/a"
@@ -34,6 +35,14 @@ class Found:
     analyse: str = NOT_ASKED
     kind: str = NOT_ASKED
     stacks: str = ""
+
+
+def tried(name: str) -> dict[str, str]:
+    """Everything about one class; {"untried": reason} for one that cannot be built tiny."""
+    try:
+        return survey(build(name))
+    except NotTinyError as error:
+        return {"untried": str(error)}
 
 
 def survey(model: nn.Module) -> dict[str, str]:
@@ -53,7 +62,7 @@ def survey(model: nn.Module) -> dict[str, str]:
         found.stacks = ", ".join(f"{name}: {stack.length}" for name, stack in known.stacks.items())
         found.skip = _asked(lambda: check_skip(model, known, inputs))
         found.export = _asked(lambda: check_export(model, known, inputs))
-        if found.kind in ("autoregressive", "masked diffusion"):
+        if found.kind in ("autoregressive", "masked diffusion", "block diffusion"):
             found.generate = _asked(lambda: check_generate(model, known))
         if found.kind != "image or video diffusion":
             found.analyse = _asked(lambda: check_analysis(model))
@@ -115,7 +124,7 @@ def _compare(model: nn.Module, contract: Contract, inputs: dict[str, Any], stack
     oracles = {}
     for name, make in (("removed", _of_removed), ("bypassed", _of_bypassed)):
         try:
-            oracles[name] = make(model, stack, numbers, inputs)
+            oracles[name] = make(model, stack, numbers, inputs, *contract.stacks[stack].coupled)
         except Exception as error:
             oracles[name] = f"{type(error).__name__}: {error}"
     equal = {name: isinstance(value, torch.Tensor) and torch.equal(value, under) for name, value in oracles.items()}
@@ -127,12 +136,14 @@ def _compare(model: nn.Module, contract: Contract, inputs: dict[str, Any], stack
     return "no effect" if torch.equal(under, whole) else RIGHT
 
 
-def _of_removed(model: nn.Module, stack: str, numbers: set[int], inputs: dict[str, Any]) -> torch.Tensor:
-    return output(removed(model, stack, numbers), inputs)
+def _of_removed(model: nn.Module, stack: str, numbers: set[int], inputs: dict[str, Any], *coupled: str) -> torch.Tensor:
+    return output(removed(model, stack, numbers, *coupled), inputs)
 
 
-def _of_bypassed(model: nn.Module, stack: str, numbers: set[int], inputs: dict[str, Any]) -> torch.Tensor:
-    with bypassed(model, stack, numbers):
+def _of_bypassed(
+    model: nn.Module, stack: str, numbers: set[int], inputs: dict[str, Any], *coupled: str
+) -> torch.Tensor:
+    with bypassed(model, stack, numbers, *coupled):
         return output(model, inputs)
 
 

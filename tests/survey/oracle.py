@@ -18,10 +18,19 @@ PLACES = ("layer_idx", "layer_id", "layer_index", "layer_number", "block_idx")  
 DEPTHS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers")
 
 
-def removed(model: nn.Module, stack: str, numbers: set[int]) -> nn.Module:
-    """A copy of the model whose list `stack` lacks the blocks of these numbers."""
+def removed(model: nn.Module, stack: str, numbers: set[int], *coupled: str) -> nn.Module:
+    """A copy of the model whose list `stack`, and those coupled with it, lack the blocks of these numbers."""
     other = copy.deepcopy(model)
-    blocks = other.get_submodule(stack)
+    configs = {id(config): config for name in (stack, *coupled) for config in _configs(other, name)}
+    for name in (stack, *coupled):
+        length, kept = _delete(other.get_submodule(name), numbers)
+    for config in configs.values():
+        _cut_lists(config, length, kept)
+    return other
+
+
+def _delete(blocks: Any, numbers: set[int]) -> tuple[int, list[int]]:
+    """(How many blocks there were, the numbers of those that are left)."""
     length = len(blocks)
     kept = [number for number in range(length) if number not in numbers]
     for number in sorted(numbers, reverse=True):
@@ -31,9 +40,7 @@ def removed(model: nn.Module, stack: str, numbers: set[int]) -> nn.Module:
             for name in PLACES:
                 if getattr(module, name, None) == old:
                     setattr(module, name, new)
-    for config in _configs(other, stack):
-        _cut_lists(config, length, kept)
-    return other
+    return length, kept
 
 
 def _configs(model: nn.Module, stack: str) -> list[Any]:
@@ -64,9 +71,9 @@ def _cut_lists(config: Any, length: int, kept: list[int]) -> None:
 
 
 @contextmanager
-def bypassed(model: nn.Module, stack: str, numbers: set[int]) -> Iterator[nn.Module]:
+def bypassed(model: nn.Module, stack: str, numbers: set[int], *coupled: str) -> Iterator[nn.Module]:
     """The model itself, with these blocks in their places handing on what they were given."""
-    blocks = [model.get_submodule(stack)[number] for number in sorted(numbers)]
+    blocks = [model.get_submodule(name)[number] for name in (stack, *coupled) for number in sorted(numbers)]
     try:
         for block in blocks:
             block.forward = _handing_on(block)
@@ -87,9 +94,8 @@ def _handing_on(block: nn.Module) -> Any:
         if isinstance(result, Tensor):
             return _like(result, tensors)
         streams = [_like(value, tensors) if isinstance(value, Tensor) else value for value in result]
-        if len({id(stream) for stream in streams if isinstance(stream, Tensor)}) < sum(
-            isinstance(stream, Tensor) for stream in streams
-        ):
+        handed_on = [id(stream) for stream in streams if isinstance(stream, Tensor)]
+        if len(set(handed_on)) < len(handed_on):
             raise LookupError("two results have the shape of one argument")
         return type(result)(streams)
 

@@ -40,7 +40,12 @@ CHANGES: dict[str, dict[str, Any]] = {
     "ReformerModelWithLMHead": {"is_decoder": True, "axial_pos_embds_dim": [16, 48], "axial_pos_shape": [8, 8]},
     "ReformerForMaskedLM": {"is_decoder": False, "axial_pos_embds_dim": [16, 48], "axial_pos_shape": [8, 8]},
     "ReformerModel": {"axial_pos_embds_dim": [16, 48], "axial_pos_shape": [8, 8]},
-    "DbrxForCausalLM": {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4}},
+    "DbrxForCausalLM": {"attn_config.rope_theta": 1e4},
+    "DeepseekV2ForCausalLM": {"num_experts_per_tok": 2},
+    "NemotronForCausalLM": {"num_key_value_heads": 2},
+    "GraniteMoeHybridForCausalLM": {"layer_types": ["mamba", "attention"] * 3, "num_hidden_layers": 6},
+    "NemotronHForCausalLM": {"layers_block_type": ["mamba", "attention", "mlp"] * 2, "num_hidden_layers": 6},
+    "Zamba2ForCausalLM": {"layers_block_type": ["mamba", "hybrid"] * 3, "num_hidden_layers": 6},
     "ChameleonForConditionalGeneration": {"vocabulary_map": {"<image>": 5}},
     "Emu3ForConditionalGeneration": {"vocabulary_map": {"<image>": 5}},
     "GPTNeoForCausalLM": {"attention_types": [[["global", "local"], 2]], "attention_layers": ["global", "local"] * 2},
@@ -64,25 +69,15 @@ for _name in ("Glm46V", "Glm4v", "Glm4vMoe", "GlmOcr"):
         "text_config.rope_parameters": ROPE | {"partial_rotary_factor": 0.5, "mrope_section": [2, 1, 1]}
     }
 # decoders among the encoders
-for _name in ("BertLMHeadModel", "BertGenerationDecoder") + tuple(
-    f"{_kind}ForCausalLM"
-    for _kind in [
-        "BigBird",
-        "Camembert",
-        "Data2VecText",
-        "Electra",
-        "Ernie",
-        "MegatronBert",
-        "RemBert",
-        "RoCBert",
-        "RoFormer",
-        "Roberta",
-        "RobertaPreLayerNorm",
-        "XLMRoberta",
-        "XLMRobertaXL",
-    ]
-):
+_DECODERS = "BigBird Camembert Data2VecText Electra Ernie MegatronBert RemBert RoCBert RoFormer Roberta"
+_DECODERS += " RobertaPreLayerNorm XLMRoberta XLMRobertaXL"
+for _name in ("BertLMHeadModel", "BertGenerationDecoder", *(f"{kind}ForCausalLM" for kind in _DECODERS.split())):
     CHANGES[_name] = {"is_decoder": True}
+# of attention that comes every fourth layer, two
+for _name in ("BailingHybrid", "KimiLinear", "Lfm3", "Qwen3Next", "Qwen3_5", "Qwen3_5Moe"):
+    CHANGES[f"{_name}ForCausalLM"] = {"num_hidden_layers": 8}
+for _name in ("Lfm3Vl", "Qwen3_5", "Qwen3_5Moe"):
+    CHANGES[f"{_name}ForConditionalGeneration"] = {"text_config.num_hidden_layers": 8}
 
 
 def tiny_config(model_class: Any) -> Any:
@@ -98,7 +93,7 @@ def _shrunk(default: Any, changes: dict[str, Any]) -> Any:
             fields[name] = _shrunk(value, part)
         elif type(value) is int and not name.startswith("_"):
             fields[name] = _small(name, value)
-    if "head_dim" in default.__dict__ and default.head_dim is None:
+    if vars(default).get("head_dim", HEAD) is None:
         fields["head_dim"] = HEAD
     _keep_all_heads(default, fields)
     _shrink_sections(default, fields)
@@ -117,7 +112,7 @@ def _small(name: str, value: int) -> int:
 
 def _keep_all_heads(default: Any, fields: dict[str, Any]) -> None:
     """As many keys as queries, where that is the default: latent attention has no groups."""
-    heads, keys = (getattr(default, name, None) for name in ("num_attention_heads", "num_key_value_heads"))
+    heads, keys = (vars(default).get(name) for name in ("num_attention_heads", "num_key_value_heads"))
     if heads == keys and "num_key_value_heads" in fields:
         fields["num_key_value_heads"] = fields.get("num_attention_heads", HEADS)
 
@@ -126,7 +121,7 @@ def _shrink_sections(default: Any, fields: dict[str, Any]) -> None:
     """Multimodal rotary positions: their sections fill half of the (smaller) head."""
     rope = getattr(default, "rope_parameters", None)
     if isinstance(rope, dict) and "mrope_section" in rope:
-        head = getattr(default, "head_dim", None) or default.hidden_size // default.num_attention_heads
+        head = vars(default).get("head_dim") or default.hidden_size // default.num_attention_heads
         whole = sum(rope["mrope_section"]) * HEAD // head
         sections = [max(1, n * HEAD // head) for n in rope["mrope_section"]]
         sections[-1] = whole - sum(sections[:-1])
@@ -142,92 +137,3 @@ def shake(model: nn.Module) -> nn.Module:
             centre = parameter.mean() if parameter.ndim == 1 else 0.0
             parameter.copy_(centre + SPREAD * torch.randn(parameter.shape, generator=generator))
     return model.eval().float()
-
-
-# the same for diffusers, whose classes take their settings by name
-DIFFUSERS_SIZES: list[tuple[str, Any]] = [
-    (
-        r"(num_layers|num_single_layers|num_mmdit_layers|num_single_dit_layers|n_layers|depth|num_visual_blocks|mmdit_layers|num_hidden_layers)",
-        LAYERS,
-    ),
-    (r"(num_refiner_layers|n_refiner_layers|num_text_blocks|num_layerwise_text_blocks|num_refiner_text_blocks)", 2),
-    (r"num_key_value_heads|num_kv_heads|n_kv_heads|text_num_key_value_heads", HEADS),
-    (r".*num_attention_heads|n_heads|num_heads|num_cross_attention_heads|num_key_value_attention_heads", HEADS),
-    (r"attention_head_dim|cross_attention_head_dim|head_dim|linear_head_dim|audio_attention_head_dim", 16),
-    (r"hidden_size|dim|model_dim|caption_projection_dim|inner_dim|embed_dim|cross_attention_dim", 64),
-    (
-        r"in_channels|in_visual_dim|out_visual_dim|out_channels|latent_channels|in_dim|out_dim|io_channels|cond_in_channels",
-        16,
-    ),
-    (r"audio_in_channels|audio_out_channels|in_audio_dim|out_audio_dim|audio_acoustic_hidden_dim", 16),
-    (r".*(ffn_dim|ff_dim|intermediate_size|ffn_hidden_size|ff_inner_dim)", 48),
-    (r"sample_(size|width|height|frames)|image_size|target_size", 8),
-    (r"max_text_seq_length|text_len(_t5)?|pos_embed_max_size", 8),
-    (r"approximator_layers", 2),
-]
-
-
-DIFFUSERS_CHANGES: dict[str, dict[str, Any]] = {
-    "AceStepTransformer1DModel": {"in_channels": 48},
-    "LTX2VideoTransformer3DModel": {"audio_cross_attention_dim": 64, "caption_channels": 64},
-    "LTXVideoTransformer3DModel": {"caption_channels": 32},
-    "DreamLiteTransformer2DModel": {"in_channels": 64, "cross_attention_dim": 64},
-    "EasyAnimateTransformer3DModel": {"in_channels": 16, "out_channels": 16, "patch_size": 2},
-    "HiDreamImageTransformer2DModel": {
-        "patch_size": 2,
-        "in_channels": 16,
-        "out_channels": 16,
-        "caption_channels": [32, 32],
-        "text_emb_dim": 32,
-        "axes_dims_rope": (8, 4, 4),
-        "max_resolution": (32, 32),
-        "llama_layers": list(range(8)),
-    },
-    "HunyuanDiT2DModel": {"in_channels": 16, "patch_size": 2},
-    "LatteTransformer3DModel": {
-        "in_channels": 16,
-        "patch_size": 2,
-        "cross_attention_dim": 64,
-        "caption_channels": 32,
-        "num_layers": 4,
-        "norm_type": "ada_norm_single",
-        "num_embeds_ada_norm": 1000,
-        "video_length": 3,
-    },
-    "LuminaNextDiT2DModel": {"num_kv_heads": 2},
-    "OmniGenTransformer2DModel": {"rope_scaling": {"long_factor": [1.0] * 8, "short_factor": [1.0] * 8}},
-    "HunyuanVideoFramepackTransformer3DModel": {"has_clean_x_embedder": True, "has_image_proj": True},
-    "PRXTransformer2DModel": {"axes_dim": [8, 8]},
-    "Transformer2DModel": {"in_channels": 32, "num_layers": 4, "cross_attention_dim": 32},
-    "TransformerTemporalModel": {"in_channels": 32, "num_layers": 4, "cross_attention_dim": 32},
-    "WanAnimateTransformer3DModel": {"in_channels": 36},
-    "WanVACETransformer3DModel": {"vace_layers": [0, 2], "vace_in_channels": 16},
-}
-
-
-def tiny_settings(settings: dict[str, Any], name: str) -> dict[str, Any]:
-    """Tiny values for the defaults of the diffusers class of this name."""
-    changes = DIFFUSERS_CHANGES.get(name, {})
-    small = {name: _small_setting(name, value) for name, value in settings.items()}
-    head = next((settings[name] for name in ("attention_head_dim", "head_dim") if settings.get(name)), None)
-    for name, value in settings.items():
-        if (
-            isinstance(value, list | tuple)
-            and value
-            and all(type(n) is int for n in value)
-            and ("axes_dim" in name or name.startswith("rope"))
-        ):
-            small[name] = type(value)(AXES[len(value)])
-    return {name: value for name, value in small.items() if value != settings[name]} | changes
-
-
-AXES = {2: (8, 8), 3: (8, 4, 4), 4: (4, 4, 4, 4)}
-
-
-def _small_setting(name: str, value: Any) -> Any:
-    if type(value) is not int:
-        return value
-    for pattern, small in DIFFUSERS_SIZES:
-        if re.fullmatch(pattern, name):
-            return min(value, small)
-    return min(value, 32) if re.search(r"_dim(_t5|2)?$|_channels$|_features$", name) else value

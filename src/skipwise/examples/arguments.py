@@ -44,7 +44,10 @@ AUDIO = 6  # latent steps of a second, audio, stream
 
 @dataclass(frozen=True)
 class Call:
-    """What the makers know: text_width is the config's field, one of TEXT_WIDTHS; a timestep a frame, or one for all."""
+    """What the makers know.
+
+    text_width: the config's field, one of TEXT_WIDTHS; time_a_frame: a timestep for each frame, instead of one for all.
+    """
 
     config: Any
     size: Size

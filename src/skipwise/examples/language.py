@@ -1,4 +1,4 @@
-"""What a language model takes: token ids; of a vision-language model the text alone, where it runs without a picture."""
+"""What a language model takes: token ids, and a picture only where it does not run without."""
 
 import inspect
 from collections.abc import Mapping

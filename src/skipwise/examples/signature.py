@@ -86,8 +86,8 @@ def _told(error: Exception) -> str:
 def no_example(model: nn.Module, reason: str) -> NoExampleError:
     """The refusal of a model that cannot be called without being told how."""
     return NoExampleError(
-        f"{type(model).__name__} cannot be tried out: {reason}. From Python, `sw.skip` and `sw.estimate` take inputs that "
-        "do as `example`, the keyword arguments of one forward; the command line cannot be given any."
+        f"{type(model).__name__} cannot be tried out: {reason}. From Python, `sw.skip` and `sw.estimate` take other "
+        "inputs as `example`, the keyword arguments of one forward; the command line cannot be given any."
     )
 
 
@@ -146,6 +146,6 @@ def parameters_of(model: nn.Module) -> Parameters:
 
 
 def dtype_of(model: nn.Module) -> torch.dtype:
-    """What floats are held in: a library's own answer knows of modules that stay in float32 in a half-precision model."""
+    """What floats are held in; a library's own answer knows of modules that stay in float32 in a bfloat16 model."""
     dtype = getattr(model, "dtype", None)
     return dtype or next(p.dtype for p in model.parameters() if p.is_floating_point())
