@@ -9,9 +9,20 @@ from skipwise.errors import UserError
 from skipwise.models.dream import DreamModel as Dream
 from skipwise.models.llada import LLaDA
 from skipwise.models.mdlm import MDLM
-from skipwise.models.native import MaskedDiffusion
+from skipwise.models.native import MaskedDiffusion, fact
 
-__all__ = ["MDLM", "Dream", "Kind", "LLaDA", "MaskedDiffusion", "end_of_text", "head_of", "kind_of", "mask_token"]
+__all__ = [
+    "MDLM",
+    "Dream",
+    "Kind",
+    "LLaDA",
+    "MaskedDiffusion",
+    "end_of_text",
+    "fact",
+    "head_of",
+    "kind_of",
+    "mask_token",
+]
 
 Kind = Literal["masked diffusion", "autoregressive", "encoder", "image or video diffusion"]
 

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import Cache, PreTrainedConfig, PreTrainedModel
+from transformers.generation import GenerationMixin
 from transformers.modeling_outputs import MaskedLMOutput
 
 from skipwise.models.bidirectional import Where, kept
@@ -93,17 +94,17 @@ class _Embedding(nn.Module):
 
 
 class _SigmaEmbedding(nn.Module):
-    """sigma (batch,) -> (batch, cond_dim)."""
+    """sigma (batch,) -> (batch, cond_dim), in the model's dtype, which quantised weights do not tell."""
 
     def __init__(self, width: int):
         super().__init__()
         self.mlp = nn.Sequential(nn.Linear(FREQUENCIES, width), nn.SiLU(), nn.Linear(width, width))
 
-    def forward(self, sigma: Tensor) -> Tensor:
+    def forward(self, sigma: Tensor, dtype: torch.dtype) -> Tensor:
         half = FREQUENCIES // 2
         rates = torch.exp(-math.log(10000.0) * torch.arange(half, device=sigma.device, dtype=torch.float32) / half)
         angles = sigma.float()[:, None] * rates
-        return self.mlp(torch.cat([angles.cos(), angles.sin()], dim=-1).to(cast(nn.Linear, self.mlp[0]).weight.dtype))
+        return self.mlp(torch.cat([angles.cos(), angles.sin()], dim=-1).to(dtype))
 
 
 def _modulate(x: Tensor, shift: Tensor, factor: Tensor) -> Tensor:
@@ -218,7 +219,7 @@ def _bare(block: nn.Module) -> bool:
 
 
 @registered
-class MDLM(MaskedDiffusion, PreTrainedModel):
+class MDLM(MaskedDiffusion, GenerationMixin, PreTrainedModel):
     """MDLM with its head. `model(input_ids).logits[b, p]` are raw scores of the token at position p.
 
     input_ids: (batch, length) int64, masked positions hold `config.mask_token_id`; attention_mask: (batch, length),
@@ -246,7 +247,7 @@ class MDLM(MaskedDiffusion, PreTrainedModel):
         self.post_init()
 
     @property
-    def takes_sigma(self) -> bool:
+    def takes_sigma(self) -> bool:  # type: ignore[override]
         """Whether the config asks for time conditioning."""
         return self.config.time_conditioning
 
@@ -339,9 +340,9 @@ class MDLM(MaskedDiffusion, PreTrainedModel):
     ) -> tuple[Tensor, list[Modulation] | None]:
         """The conditioning (batch, cond_dim); all that is made of it, where that is known from an earlier forward."""
         if sigma is not None and self.config.time_conditioning:
-            return F.silu(self.sigma_map(sigma)), None
+            return F.silu(self.sigma_map(sigma, x.dtype)), None
         if space is None:
-            return F.silu(self.sigma_map(torch.zeros(len(x), device=x.device))), None
+            return F.silu(self.sigma_map(torch.zeros(len(x), device=x.device), x.dtype)), None
         begun = "modulations" in space.kept
         conditioning, modulations, flops = space.keep("modulations", self._modulations)
         space.known_flops = flops * (len(x) - (not begun))
@@ -351,8 +352,9 @@ class MDLM(MaskedDiffusion, PreTrainedModel):
         """Without noise: the conditioning (1, cond_dim), what blocks and output make of it, and the FLOPs of that."""
         parts: Any = (*self.blocks, self.output_layer)
         maps = [self.sigma_map.mlp[0], self.sigma_map.mlp[2], *(part.adaLN_modulation for part in parts)]
-        conditioning = F.silu(self.sigma_map(torch.zeros(1, device=maps[0].weight.device)))
-        flops = 2 * sum(part.weight.numel() for part in maps)
+        words = self.vocab_embed.embedding
+        conditioning = F.silu(self.sigma_map(torch.zeros(1, device=words.device), words.dtype))
+        flops = 2 * sum(part.in_features * part.out_features for part in maps)
         return conditioning, [part.modulation(conditioning) for part in parts], flops
 
     def _narrows(self, where: Where | int | None, bare: bool) -> bool:
@@ -363,7 +365,7 @@ class MDLM(MaskedDiffusion, PreTrainedModel):
     def spared(self, rows: int, keys: int) -> int:
         """FLOPs that this spares for every other position."""
         last: Any = self.blocks[-1]
-        return 2 * sum(part.weight.numel() for part in (last.attn_out, last.mlp[0], last.mlp[2]))
+        return 2 * sum(part.in_features * part.out_features for part in (last.attn_out, last.mlp[0], last.mlp[2]))
 
     @property
     def head(self) -> nn.Module:

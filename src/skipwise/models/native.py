@@ -9,6 +9,7 @@ remote code, and they do so even under trust_remote_code=True: transformers pref
 from collections.abc import Mapping
 from typing import Any, ClassVar, TypeVar
 
+from torch import nn
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelForMaskedLM
 
 from skipwise.errors import UserError
@@ -41,14 +42,10 @@ class MaskedDiffusion:
     takes_cache: ClassVar[bool] = False
     predicts_mask: ClassVar[bool] = True
     commits_by_confidence: ClassVar[bool] = True
+    takes_sigma: bool = False
 
     # regular expression over the keys of an official checkpoint -> key of this module, as transformers' key_mapping
     official_keys: ClassVar[Mapping[str, str]] = {}
-
-    @property
-    def takes_sigma(self) -> bool:
-        """Whether `forward` wants to be told the noise level."""
-        return False
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: Any, *args: Any, **kwargs: Any) -> Any:
@@ -77,6 +74,11 @@ class MaskedDiffusion:
         from skipwise.sampling.as_transformers import generate
 
         return generate(self, inputs, generation_config, **kwargs)  # type: ignore[arg-type]
+
+
+def fact(model: nn.Module, name: str) -> Any:
+    """What a model says about itself: an attribute of `MaskedDiffusion`, whose own value is that of a silent model."""
+    return getattr(model, name, getattr(MaskedDiffusion, name))
 
 
 class OfficialConfig:
