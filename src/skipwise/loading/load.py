@@ -42,7 +42,7 @@ def load(
     The model is in eval mode. Raises UserError with the next step for everything that can be wrong.
     """
     chosen, place = read_dtype(dtype), read_device(device)
-    given = {"device_map": _device_map(device_map, place), "quantization_config": quantization_config}
+    given = {"device_map": _device_map(device_map, place), "quantization_config": _quantisation(quantization_config)}
     given = {key: value for key, value in (given | {"variant": variant}).items() if value is not None}
     source = find(name, revision)
     with readable_errors(source):
@@ -91,6 +91,15 @@ def _device_map(wanted: Any, place: torch.device | None) -> Any:
         raise UserError(f"device={str(place)!r} and device_map={wanted!r} both place the weights; give one of them.")
     require("accelerate", "image")
     return wanted
+
+
+def _quantisation(config: Any) -> Any:
+    if config is None or isinstance(config, dict) or hasattr(config, "quant_method"):
+        return config
+    raise UserError(
+        f"quantization_config={config!r} is none; give one of transformers or diffusers, such as "
+        "BitsAndBytesConfig(load_in_4bit=True)."
+    )
 
 
 def _load_gguf(source: Source, dtype: torch.dtype | None, given: dict[str, Any]) -> Any:

@@ -236,6 +236,7 @@ class MDLM(MaskedDiffusion, GenerationMixin, PreTrainedModel):
     predicts_mask = False
     commits_by_confidence = False
     official_keys = KEY_MAPPING
+    counts_what_runs = True  # its forward numbers the blocks that run, whichever they are
     _no_split_modules = {"MDLMBlock"}  # noqa: RUF012 (transformers' own way)
 
     def __init__(self, config: MDLMConfig):

@@ -22,6 +22,7 @@ from skipwise.sampling.denoiser import Denoiser, Step, denoising
 from skipwise.sampling.inputs import Ids, read_prompts
 from skipwise.sampling.threads import worthwhile_threads
 from skipwise.skipping import Cut, cut_now, skip
+from skipwise.wrapping import unwrap
 
 
 @dataclass(frozen=True)
@@ -112,6 +113,7 @@ def generate(
     Raises UserError for an empty list of prompts, padding on the right, settings that do not fit the model, and where
     there is nothing to compile with.
     """
+    model = unwrap(model)
     input_ids, attention_mask = read_prompts(model, input_ids, attention_mask, token_type_ids)
     gen_length = _length(gen_length, max_new_tokens)
     if kind_of(model) != "masked diffusion":
