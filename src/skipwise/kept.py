@@ -109,10 +109,27 @@ class PassThrough(nn.Module):
     def forward(self, *args: Any, **kwargs: Any) -> Tensor | tuple[Tensor | None, ...]:
         """The streams, in the places in which the block returns them; other places hold None."""
         streams = [kwargs[name] if name in kwargs else args[place] for name, place in self.places]
+        _count_positions(kwargs.get("past_key_values"), self.__dict__["block"], streams[0])
         if self.returns is None:
             return streams[0]
         by_place = dict(zip(self.outputs, streams, strict=True))
         return tuple(by_place.get(place) for place in range(self.returns))
+
+
+def _count_positions(cache: Any, block: nn.Module, stream: Tensor) -> None:
+    """Let the KV cache know how many tokens passed a skipped block's place; models ask the first layer's length.
+
+    Keys without width count and hold nothing. Layers that keep a state, or use another's keys, are not asked.
+    """
+    layers = getattr(cache, "layers", None)
+    numbers: Iterator[Any] = (module.layer_idx for module in block.modules() if hasattr(module, "layer_idx"))
+    number = next(numbers, None)
+    if layers is None or number is None:
+        return
+    if number >= len(layers) or hasattr(layers[number], "get_seq_length"):
+        batch, length = stream.shape[-3:-1]  # Gemma3n's stream has a dimension before these
+        nothing = stream.new_empty(batch, 1, length, 0)
+        cache.update(nothing, nothing, number)
 
 
 class Accompanied(nn.Module):
