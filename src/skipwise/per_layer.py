@@ -114,8 +114,9 @@ def changed_settings(config: Any, length: int, kept: Sequence[int]) -> dict[str,
         )
     if type(config).__name__ in FIXED_DEPTH:
         raise UserError(f"{type(config).__name__} takes no other number of layers, so that no block can be left out.")
-    changed = {name: cut_setting(name, value, length, kept) for name, value in vars(config).items()}
-    changed = {name: value for name, value in changed.items() if value is not getattr(config, name)}
+    given = vars(config)
+    changed = {name: cut_setting(name, value, length, kept) for name, value in given.items()}
+    changed = {name: value for name, value in changed.items() if value is not given[name]}
     spec = getattr(config, "_heterogeneity_spec", None)  # transformers' overrides by layer number (DiffusionGemma)
     if spec is not None:
         overrides = {
