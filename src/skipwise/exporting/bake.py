@@ -20,6 +20,7 @@ from skipwise.errors import UserError
 from skipwise.exporting.card import PLAN_FILE, Export, write_card
 from skipwise.exporting.checkpoint import Checkpoint, Move, Transform, read_checkpoint, rewrite
 from skipwise.exporting.config import Build, Config, cut_config, kept_of, resolved_config
+from skipwise.exporting.engine_files import check_file, has_file, write_file
 from skipwise.exporting.fitting import check_engine, config_for, fitting_plan
 from skipwise.exporting.folder import check_absent, copy_files, whole_or_absent
 from skipwise.exporting.keys import plan_moves
@@ -66,6 +67,7 @@ def export(
         smaller, twin = cut_config(config, skeleton, plan, build)
         if engine is not None:
             smaller = config_for(engine, smaller, twin, build)
+            check_file(engine, resolved_config(twin), found.folder)
         found = replace(find(str(source)), name=str(source))
         _check_weights(found)
         checkpoint = read_checkpoint(found.folder, found.name)
@@ -74,12 +76,13 @@ def export(
     before, after = _sizes(checkpoint, moves)
     saved = estimate(skeleton, plan, example=example).saved_block_flops
     card = write_card(Export(plan, found, smaller, resolved_config(twin) | smaller, saved, before, after), target.name)
-    with whole_or_absent(target, after) as folder:
+    with whole_or_absent(target, after * (1 + has_file(engine))) as folder:
         copy_files(found, folder)
         rewrite(checkpoint, moves, folder, _merging(plan.adapter_folder()))
         write_atomically(folder / "config.json", json.dumps(smaller, indent=2) + "\n")
         write_atomically(folder / "README.md", card)
         plan.save(folder / PLAN_FILE)
+        write_file(engine, folder, resolved_config(twin))
     return target
 
 
