@@ -102,13 +102,13 @@ ENGINES: Mapping[str, Engine] = {
         },
     ),
     "onnx": Engine(
-        "torch 2.13",
-        {"llama": Reading()},
+        "torch 2.13, onnxruntime 1.32",
+        {"llama": Reading(), "gemma3_text": Reading()},
         others="not measured for this family; the file is what torch.onnx exports of the model",
     ),
     "openvino": Engine(
         "2026.4.1",
-        {"llama": Reading()},
+        {"llama": Reading(), "gemma3_text": Reading()},
         others="not measured for this family; it reads what torch.export makes of the model",
     ),
 }
@@ -116,7 +116,8 @@ ENGINES: Mapping[str, Engine] = {
 
 def title(engine: str) -> str:
     """The engine's name with the versions that were measured."""
-    return f"{engine} {ENGINES[engine].versions}" if engine in ("mlx-lm", "ctranslate2", "openvino") else engine
+    versions = ENGINES[engine].versions
+    return f"{engine} {versions}" if versions[0].isdigit() else f"{engine} ({versions})"
 
 
 def wrongs(engine: str, config: Config) -> list[str]:

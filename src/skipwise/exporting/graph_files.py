@@ -9,6 +9,7 @@ from typing import Any
 import torch
 import transformers
 from torch import Tensor, nn
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from skipwise.errors import UserError, require
 from skipwise.loading import NATIVE
@@ -43,7 +44,7 @@ def check_openvino(config: Config, source: Path) -> None:
 
 def _check_language(config: Config) -> None:
     kind = config.get("model_type")
-    if kind in NATIVE or kind not in transformers.AutoModelForCausalLM._model_mapping._config_mapping.values():
+    if kind in NATIVE or kind not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
         raise UserError(
             f"ONNX and OpenVINO files are written of transformers' causal language models, not of {kind!r}."
         )
