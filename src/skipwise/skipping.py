@@ -9,17 +9,18 @@ Stand-ins, where a plan has them, ride on the kept block before them. A model th
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any
 from weakref import WeakKeyDictionary
 
 from torch import Tensor, nn
 
 from skipwise.adapters import merged
-from skipwise.blocks import Contract, Stack, find_contract, layer_configs, layer_list_names, module_list
+from skipwise.blocks import Contract, Stack, find_contract, layer_configs, module_list
 from skipwise.errors import UserError
 from skipwise.guards import KeptPlaces, watch_calls
 from skipwise.kept import Accompanied, PassThrough, Undo, every_block, keep
+from skipwise.per_layer import changed_settings, check_shared_keys, computed_lists, with_lists
 from skipwise.plan import Plan
 from skipwise.stand_ins import Linear, build
 from skipwise.step_caches import cache_off, check_caches, check_places, end_cache_dit
@@ -224,6 +225,7 @@ def _cut(
 ) -> None:
     if stand_ins:
         check_stand_ins(stack)
+    check_shared_keys(stack.name, module_list(model, stack.name), numbers)
     if stack.in_place:
         _pass_through(model, stack, numbers, undo)
         return
@@ -308,17 +310,16 @@ def _renumber(block: nn.Module, old: int, new: int, undo: list[Undo]) -> None:
     for module in block.modules():
         if old != new and getattr(module, "layer_idx", None) == old:
             _set(module, "layer_idx", new, undo)
+        if old != new and getattr(module, "layer_id", None) == old:  # GPT-Neo's name
+            _set(module, "layer_id", new, undo)
 
 
 def _shorten(config: Any, length: int, kept: list[int], undo: list[Undo]) -> None:
-    """Leave only the kept blocks' entries in the config's per-layer lists, from which caches and masks are made."""
-    for key in layer_list_names(config, length):
-        values = getattr(config, key)
-        _set(config, key, type(values)(values[i] for i in kept), undo)
-    spec = getattr(config, "_heterogeneity_spec", None)  # transformers' overrides by layer number (DiffusionGemma)
-    if spec is not None:
-        overrides = {
-            new: spec.per_layer_overrides[old] for new, old in enumerate(kept) if old in spec.per_layer_overrides
-        }
-        _set(config, "_heterogeneity_spec", replace(spec, per_layer_overrides=overrides), undo)
-    _set(config, "num_hidden_layers", len(kept), undo)
+    """Leave only what is said of the kept blocks in the config, from which caches and masks are made."""
+    computed = computed_lists(config, length)
+    for name, value in changed_settings(config, length, kept).items():
+        _set(config, name, value, undo)
+    lists = {name: [values[old] for old in kept] for name, values in computed.items()}
+    wrong = {name: values for name, values in lists.items() if getattr(config, name) != values}
+    if wrong:  # what is left of a period need not be one
+        _set(config, "__class__", with_lists(type(config), wrong), undo)

@@ -44,6 +44,12 @@ def build_skeleton(config: dict[str, Any], name: str) -> nn.Module:
     with torch.device("meta"):
         if "_class_name" in config:
             return model_class.from_config(config).eval()
-        built = settings.get("config") or transformers.CONFIG_MAPPING[config["model_type"]].from_dict(config)
+        built = settings.get("config") or _from_dict(config)
         auto = model_class is transformers.AutoModelForCausalLM
         return (model_class.from_config(built) if auto else model_class._from_config(built)).eval()
+
+
+def _from_dict(config: dict[str, Any]) -> Any:
+    """The config object of a config.json, in which transformers writes an infinity as {"__float__": "Infinity"}."""
+    config_class = transformers.CONFIG_MAPPING[config["model_type"]]
+    return config_class.from_dict(config_class._decode_special_floats(config))
