@@ -225,7 +225,7 @@ def _cut(
 ) -> None:
     if stand_ins:
         check_stand_ins(stack)
-    check_shared_keys(stack.name, module_list(model, stack.name), numbers)
+    check_shared_keys(stack.name, every_block(module_list(model, stack.name)), numbers)
     if stack.in_place:
         _pass_through(model, stack, numbers, undo)
         return
