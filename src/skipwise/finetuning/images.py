@@ -218,6 +218,6 @@ def _opened(path: Path, changes: list[str] | None = None) -> Image.Image:
                 changes.append(WHITE)
             white = Image.new("RGBA", image.size, "white")
             return Image.alpha_composite(white, image.convert("RGBA")).convert("RGB")
-    except (OSError, SyntaxError, ValueError, EOFError, Image.DecompressionBombError) as error:
+    except Exception as error:  # of a damaged file Pillow's decoders raise nearly everything
         reason = "it cannot be read as a picture" if isinstance(error, Image.UnidentifiedImageError) else error
         raise UserError(f"{path}: {reason}; take it out of the folder, or save it anew as PNG or JPEG.") from error
