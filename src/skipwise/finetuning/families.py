@@ -110,9 +110,7 @@ class Sana(Family):
         super().check_transformer(transformer, latent_channels)
         config: Any = transformer.config
         if config.get("guidance_embeds"):
-            raise UserError(
-                "This SANA was distilled for few steps (SANA-Sprint), which this training undoes; take SANA."
-            )
+            raise UserError("This is SANA-Sprint, distilled for few steps, which the training would undo; give SANA.")
 
     def _prefix(self) -> dict[str, Any]:
         return {"prefix": "\n".join(self.call_default("complex_human_instruction"))}

@@ -133,7 +133,7 @@ class Estimator:
             text = settings.text_tokens
         else:
             raise UserError(
-                f"How many text tokens a {type(self.model).__name__} takes is not known; say it as text_tokens, such "
+                f"How many text tokens {type(self.model).__name__} takes is not known; say it as text_tokens, such "
                 "as --set text_tokens=512."
             )
         return Size(image=max(settings.pixels // self._scale, 1), text=text, batch=settings.batch)
