@@ -103,7 +103,7 @@ def test_captions_that_cannot_be_right_are_refused(folder: Path, message: str) -
 
 
 def test_a_prompt_is_needed_for_pictures_without_captions_alone(folder: Path) -> None:
-    with pytest.raises(UserError, match=r"0.png has no caption; give --prompt"):
+    with pytest.raises(UserError, match=r"0.png has no caption; write one beside it, or give --prompt"):
         prompts(folder, prompt="")
     for number in range(3):
         (folder / f"{number}.txt").write_text(f"sks number {number}")

@@ -177,6 +177,10 @@ MISTAKES: dict[str, tuple[str, Change, list[str], str]] = {
     "captions": ("flux", nothing, ["--images", "CAPTIONS"], "None of the 2 captions"),
     "prompt": ("flux", nothing, ["--prompt", "a dog"], "lacks the subject token 'sks'"),
     "class": ("flux", nothing, ["--class-images", "PICTURES", "--class-prompt", PROMPT], "class's prompt"),
+    "class alone": ("flux", nothing, ["--class-prompt", "a dog"], "has no pictures; give --class-images too"),
+    "scheduler": ("flux", lambda _, index: index.update(scheduler=["diffusers", "NoScheduler"]), [], "NoScheduler"),
+    "no scheduler": ("flux", lambda folder, index: shutil.rmtree(folder / "scheduler"), [], "cannot be loaded"),
+    "index": ("flux", lambda folder, index: index.update(vae=[]), [], "saved without its vae"),
     "pictures": ("flux", nothing, ["--images", "nowhere"], "There is no folder nowhere"),
 }  # fmt: skip
 

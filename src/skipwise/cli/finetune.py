@@ -153,7 +153,7 @@ def _dry_run(
     try:
         check_machine(settings, choice.device)
     except UserError as error:  # the run may be planned for another one
-        console.print(f"on this machine: {error}", highlight=False)
+        console.print(f"on this machine: {error}", highlight=False, markup=False)
 
 
 def print_estimate(choice: Choice, settings: "FinetuneSettings", plan: Plan | None) -> None:
@@ -174,7 +174,7 @@ def _shown(tell: Callable[..., None]) -> Callable[[str, int, int, str], None]:
         if total:
             tell(what, done, total, detail)
         else:
-            console.print(f"{what}: {detail}", highlight=False)
+            console.print(f"{what}: {detail}", highlight=False, markup=False)  # a caption may have brackets
 
     return show
 

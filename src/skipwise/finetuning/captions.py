@@ -78,8 +78,8 @@ def _read(path: Path, pictures: Sequence[Path]) -> Iterator[tuple[list[str], Cap
         return
     rows = list(_rows(path, text))
     columns = {column for _, row in rows for column in row}
-    column = next((name for name in TEXT if name in columns), None)
-    if rows and (column is None or FILE_NAME not in columns):
+    column = next((name for name in TEXT if name in columns), "")
+    if rows and (not column or FILE_NAME not in columns):
         raise UserError(
             f"{path} has {', '.join(sorted(map(str, columns)))}, but no {FILE_NAME} and text; "
             "give every picture a row with both, or take the file out of the folder."
@@ -106,12 +106,12 @@ def _rows(path: Path, text: str) -> Iterator[tuple[int, Mapping[str, Any]]]:
     for number, line in enumerate(text.splitlines(), 1):
         if line.strip():
             try:
-                row = json.loads(line)
+                content = json.loads(line)
             except (ValueError, RecursionError):
-                row = None
-            if not isinstance(row, dict):
+                content = None
+            if not isinstance(content, dict):
                 raise UserError(f"{path}, line {number} is not one JSON object a line, as in {_EXAMPLE}.")
-            yield number, row
+            yield number, content
 
 
 def _text(path: Path) -> str:

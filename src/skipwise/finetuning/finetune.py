@@ -96,11 +96,8 @@ class Work:
         check_machine(settings, device)
         accelerator = accelerate.Accelerator(cpu=device == "cpu")
         count = training.draws or _fresh(settings, training, checked.groups, accelerator.num_processes)
-        how = {"seed": training.seed, "random_flip": training.random_flip}
-        draws = [
-            make_draws(group, count, checked.family.sample_t, training.crops(settings), **how)
-            for group in checked.groups
-        ]
+        times, crops, flip = checked.family.sample_t, training.crops(settings), training.random_flip
+        draws = [make_draws(group, count, times, crops, training.seed, random_flip=flip) for group in checked.groups]
         return cls(
             name, check_writable(folder), checked.plan, settings, training, checked.family,
             Shards.open(name, dtype=settings.dtype), draws, accelerator, tell,

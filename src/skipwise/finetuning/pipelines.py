@@ -51,13 +51,27 @@ def load_pipeline(
 
 def components_of(index: Mapping[str, Any]) -> dict[str, Any]:
     """component -> (library, class name) of a model_index.json, without those that are null."""
-    rows = {key: value for key, value in index.items() if not key.startswith("_") and isinstance(value, list | tuple)}
-    return {key: value for key, value in rows.items() if value[0] is not None}
+    return {key: value for key, value in _rows(index).items() if value[0] is not None}
 
 
 def nulls_of(index: Mapping[str, Any]) -> list[str]:
     """The components that a pipeline was saved without."""
-    return [key for key, value in index.items() if isinstance(value, list | tuple) and list(value) == [None, None]]
+    return [key for key, value in _rows(index).items() if value[0] is None]
+
+
+def _rows(index: Mapping[str, Any]) -> dict[str, Any]:
+    rows = {key: value for key, value in index.items() if not key.startswith("_")}
+    return {key: value for key, value in rows.items() if isinstance(value, list | tuple) and len(value) == 2}
+
+
+def scheduler_config(name: str) -> Mapping[str, Any]:
+    """The config of the pipeline's scheduler, with the defaults of its class."""
+    diffusers, folder = require("diffusers", "image"), _folder(name)
+    class_name = components_of(read_index(name))["scheduler"][1]
+    if not hasattr(diffusers, class_name):
+        raise UserError(f"{name} has a scheduler {class_name}, which the installed diffusers does not know.")
+    with readable_errors(Source(name, folder or Path(name))):
+        return getattr(diffusers, class_name).from_pretrained(str(folder or name), subfolder="scheduler").config
 
 
 def check_components(name: str, weights: bool = True) -> None:

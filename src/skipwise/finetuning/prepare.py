@@ -21,7 +21,7 @@ from skipwise.finetuning.draws import Draw
 from skipwise.finetuning.families import family_of
 from skipwise.finetuning.family import Family, Text
 from skipwise.finetuning.memory.encoders import components, scale_of
-from skipwise.finetuning.pipelines import components_of, load_pipeline, nulls_of, read_index
+from skipwise.finetuning.pipelines import components_of, load_pipeline, nulls_of, read_index, scheduler_config
 from skipwise.finetuning.residuals import DrawKey
 from skipwise.loading import load_skeleton
 
@@ -101,7 +101,7 @@ def _encode_prompts(
     name: str, family: Family, prompts: Sequence[str], dtype: str, max_length: int | None
 ) -> dict[str, Text]:
     pipeline = load_pipeline(name, dtype=dtype, leave_out=_components(name, "transformer", "vae"))
-    if nulls_of(read_index(name)):  # for the zeros in the place of T5, SD3 asks its transformer how wide they are
+    if "text_encoder_3" in nulls_of(read_index(name)):  # SD3 asks its transformer how wide the zeros are
         vars(pipeline)["transformer"] = SimpleNamespace(config=load_skeleton(name).config)
     texts = {}
     for prompt in prompts:
@@ -112,11 +112,8 @@ def _encode_prompts(
 
 def load_family(name: str) -> Family:
     """The family of a pipeline, from its configs alone."""
-    family = family_of(load_pipeline(name, leave_out=_components(name, "transformer", "vae", *TEXT)))
-    vae = components(name).get("vae")
-    if vae is not None:
-        family.scale = scale_of(vae.skeleton())
-    return family
+    found, vae = family_of(read_index(name)), components(name).get("vae")
+    return type(found)(scheduler_config(name), scale_of(vae.skeleton()) if vae else None, found.pipeline)
 
 
 def _components(name: str, *beginnings: str) -> list[str]:

@@ -1,12 +1,12 @@
 """What a fine-tuning is to learn: pictures of a subject, and the text that each of them is trained under."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from skipwise.errors import UserError
 from skipwise.finetuning.draws import Example
-from skipwise.finetuning.images import Tell, check_prompt, has_word, read_pictures
+from skipwise.finetuning.images import Picture, Tell, check_prompt, has_word, read_pictures
 
 TRIGGER = "[trigger]"  # what ai-toolkit's captions have in the place of the subject's word
 
@@ -35,30 +35,35 @@ class Subject:
         crops are taken from everywhere. tell: is given a line on every picture: how it is resized, and its text.
         Raises UserError as `read_pictures` does, and for a token that is in no caption or in the prompt of the class.
         """
-        groups = [self._read(self.images, self._named(self.prompt), center_crop, resolution, tell)]
+        prompt = self._named(self.prompt)
+        pictures = self._pictures(self.images, prompt, "--prompt", resolution, tell)
+        groups = [[Example(picture, self._text(picture, prompt)) for picture in pictures]]
         self._check(groups[0])
+        if self.class_prompt and not self.class_images:
+            raise UserError(f"The class's prompt {self.class_prompt!r} has no pictures; give --class-images too.")
         if self.class_images:
-            prompt = self.class_prompt or " ".join(w for w in self._named(self.prompt).split() if w != self.token)
-            groups.append(self._read(self.class_images, prompt, center_crop, resolution, tell, prior_weight))
+            prompt = self.class_prompt or " ".join(word for word in prompt.split() if word != self.token)
+            pictures = self._pictures(self.class_images, prompt, "--class-prompt", resolution, tell)
+            groups.append([Example(picture, self._text(picture, prompt), prior_weight) for picture in pictures])
             self._check_class(groups[1])
-        for group in groups if tell else ():
-            for example in group:
-                tell(self._line(example, resolution, group is groups[0]))
+        if center_crop:
+            groups = [[replace(e, picture=e.picture.squared()) for e in group] for group in groups]
+        lines = [self._line(example, resolution, group is groups[0]) for group in groups for example in group]
+        if tell:
+            for line in lines:
+                tell(line)
         return groups
 
-    def _read(
-        self, folder: Path, prompt: str, center_crop: bool, resolution: int, tell: Tell | None, weight: float = 1.0
-    ) -> list[Example]:
+    def _pictures(self, folder: Path, prompt: str, option: str, resolution: int, tell: Tell | None) -> list[Picture]:
+        """Those of a folder. option: what gives the prompt of those without a caption."""
         pictures = read_pictures(folder, resolution, tell)
         bare = next((picture for picture in pictures if not picture.caption), None)
         if bare and not prompt.strip():
-            raise UserError(
-                f"{bare.path} has no caption; give --prompt, such as 'a photo of {self.token} dog', for those without."
-            )
-        texts = [self._named(picture.caption) if picture.caption else prompt for picture in pictures]
-        if center_crop:
-            pictures = [picture.squared() for picture in pictures]
-        return [Example(picture, text, weight) for picture, text in zip(pictures, texts, strict=True)]
+            raise UserError(f"{bare.path} has no caption; write one beside it, or give {option} for those without.")
+        return pictures
+
+    def _text(self, picture: Picture, prompt: str) -> str:
+        return self._named(picture.caption) if picture.caption else prompt
 
     def _named(self, text: str) -> str:
         return text.replace(TRIGGER, self.token)

@@ -18,7 +18,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from skipwise.errors import require
 from skipwise.finetuning.memory.resident import materialised
 from skipwise.finetuning.peak import Bytes, PeakMemory
-from skipwise.loading import find
+from skipwise.loading import find, readable_errors
 from skipwise.presets import names as preset_names
 
 LIBRARIES = ("diffusers", "transformers")
@@ -63,7 +63,8 @@ def pipeline_index(name: str) -> dict[str, Any] | None:
     index = source.folder.parent / "model_index.json"
     if source.folder.name != "transformer" or not index.exists():
         return None
-    return json.loads(index.read_text(encoding="utf-8"))
+    with readable_errors(source):
+        return json.loads(index.read_text(encoding="utf-8"))
 
 
 def _is_known(row: Any, folder: Path) -> bool:
