@@ -45,6 +45,7 @@ def table(folder: Path, rows, name="metadata.jsonl", newline="\n") -> None:
     (folder / name).write_text(text + newline)
 
 
+OTHER = {"file_name": "1.jpg", "caption": "a sks dog"}
 TABLE = "metadata.csv"
 ROW = {"file_name": "1.jpg", "text": "a sks dog"}
 WAYS = {
@@ -58,6 +59,7 @@ WAYS = {
     "prompt": lambda folder: table(folder, [{"file_name": "./1.jpg", "prompt": "a [trigger] dog", "label": 3}]),
     "empty rows": lambda folder: table(folder, [{"file_name": "0.png", "text": ""}, "", ROW]),
     "no text for some": lambda folder: table(folder, [{"file_name": "0.png"}, ROW]),
+    "columns of each row": lambda folder: table(folder, [{"file_name": "9.png", "text": "x"}, OTHER]),
     "csv": lambda folder: table(folder, ["file_name,text", '1.jpg,"a sks dog"'], TABLE),
     "csv of Windows": lambda folder: table(folder, ["\ufefffile_name,text", "1.jpg,a sks dog"], TABLE, "\r\n"),
 }  # fmt: skip
@@ -90,7 +92,8 @@ WRONG = {
     "has file_name, tags, but no file_name": lambda folder: table(folder, ["file_name,tags", "1.jpg,a"], TABLE),
     "line 2 is not one JSON object a line": lambda folder: table(folder, [ROW, "[1]"]),
     "line 1 is not one JSON object": lambda folder: table(folder, ["[" * 100000]),
-    "line 1: file_name and text must be text": lambda folder: table(folder, [ROW | {"text": ["a sks dog"]}]),
+    "line 1 has two captions, 'a sks dog' and 'sks'": lambda folder: table(folder, [ROW | {"prompt": "sks"}]),
+    "line 1: file_name and text must be strings": lambda folder: table(folder, [ROW | {"text": ["a sks dog"]}]),
 }  # fmt: skip
 
 
@@ -100,6 +103,11 @@ def test_captions_that_cannot_be_right_are_refused(folder: Path, message: str) -
     with pytest.raises(UserError, match=message) as caught:
         prompts(folder)
     assert "\n" not in str(caught.value)
+
+
+def test_a_caption_may_hold_line_breaks_of_unicode(folder: Path) -> None:
+    (folder / "metadata.jsonl").write_text(json.dumps(ROW | {"text": "a\u2028sks dog"}, ensure_ascii=False))
+    assert prompts(folder)[1] == "a\u2028sks dog"
 
 
 def test_a_prompt_is_needed_for_pictures_without_captions_alone(folder: Path) -> None:

@@ -329,3 +329,10 @@ def test_blocks_are_scored_under_every_pictures_own_caption(saved, pictures) -> 
         scored.made_by.scores
         != select_blocks(str(saved("flux")), 2, "vital", Subject(pictures, PROMPT), settings).made_by.scores
     )
+
+
+def test_help_says_what_is_read(skipwise) -> None:
+    code, shown, _ = skipwise("finetune", "--help")
+    assert code == 0
+    for word in ("NAME.caption", "metadata.jsonl", "[trigger]", "center_crop", "guidance"):
+        assert word in shown

@@ -19,7 +19,7 @@ from skipwise.errors import UserError
 
 ENDINGS = (".txt", ".caption")
 TABLES = ("metadata.jsonl", "metadata.csv")
-FILE_NAME, TEXT = "file_name", ("text", "caption", "prompt")  # columns; of the texts, the first that there is
+FILE_NAME, TEXT = "file_name", ("text", "caption", "prompt")  # columns; any of the texts will do
 
 
 class Caption(NamedTuple):
@@ -78,19 +78,20 @@ def _read(path: Path, pictures: Sequence[Path]) -> Iterator[tuple[list[str], Cap
         return
     rows = list(_rows(path, text))
     columns = {column for _, row in rows for column in row}
-    column = next((name for name in TEXT if name in columns), "")
-    if rows and (not column or FILE_NAME not in columns):
+    if rows and not (FILE_NAME in columns and columns & set(TEXT)):
         raise UserError(
             f"{path} has {', '.join(sorted(map(str, columns)))}, but no {FILE_NAME} and text; "
             "give every picture a row with both, or take the file out of the folder."
         )
     for number, row in rows:
-        name, said = row.get(FILE_NAME), row.get(column) or ""
-        if not isinstance(name, str) or not isinstance(said, str):
-            raise UserError(f"{path}, line {number}: {FILE_NAME} and {column} must be text, as in {_EXAMPLE}.")
-        wanted = PurePosixPath(name.replace("\\", "/"))
+        name, said = row.get(FILE_NAME), [row[column] for column in TEXT if row.get(column)]
+        if not all(isinstance(value, str) for value in (name, *said)):
+            raise UserError(f"{path}, line {number}: {FILE_NAME} and text must be strings, as in {_EXAMPLE}.")
+        if len(set(said)) > 1:
+            raise UserError(f"{path}, line {number} has two captions, {said[0]!r} and {said[1]!r}; keep one of them.")
+        wanted = PurePosixPath(str(name).replace("\\", "/"))
         names = [picture.name for picture in pictures if PurePosixPath(picture.name) == wanted]
-        yield names, Caption(said.strip(), path.name if names else f"{name} ({path.name})")
+        yield names, Caption("".join(said[:1]).strip(), path.name if names else f"{name} ({path.name})")
 
 
 _EXAMPLE = '{"file_name": "1.jpg", "text": "a photo of sks dog"}'
@@ -103,7 +104,7 @@ def _rows(path: Path, text: str) -> Iterator[tuple[int, Mapping[str, Any]]]:
         for row in reader:
             yield reader.line_num, {name: value for name, value in row.items() if name is not None}
         return
-    for number, line in enumerate(text.splitlines(), 1):
+    for number, line in enumerate(text.split("\n"), 1):  # a JSON string may hold other line breaks
         if line.strip():
             try:
                 content = json.loads(line)
