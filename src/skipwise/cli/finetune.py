@@ -25,8 +25,8 @@ SET_HELP = (
 )
 IMAGES_HELP = (
     "Folder of pictures of the subject, of any size: the shorter side is resized to --resolution, and crops are taken. "
-    "Captions: NAME.txt, NAME.caption, or metadata.jsonl or .csv with file_name and text; \\[trigger] in them stands for "
-    "--subject. See docs/finetuning.md."
+    "Captions: NAME.txt, NAME.caption, or metadata.jsonl or .csv with file_name and text; "
+    "\\[trigger] in them stands for --subject. See docs/finetuning.md."
 )
 
 
