@@ -12,6 +12,7 @@ from itertools import pairwise
 from typing import Any, cast
 from weakref import WeakKeyDictionary
 
+import torch
 from torch import Tensor, nn
 
 from skipwise.errors import UserError
@@ -171,7 +172,8 @@ def module_list(model: nn.Module, name: str) -> nn.ModuleList:
 def trace_calls(model: nn.Module, lists: Mapping[str, nn.ModuleList], example: Mapping[str, Any]) -> dict[str, Trace]:
     """Run the model once on `example` and note every call of every module in `lists`, in order."""
     traces = {name: Trace() for name in lists}
-    with ExitStack() as hooks, shapes_only():
+    on_meta_device = any(parameter.is_meta for parameter in model.parameters())
+    with ExitStack() as hooks, shapes_only() if on_meta_device else torch.no_grad():
         for name, blocks in lists.items():
             for index, block in enumerate(blocks):
                 for handle in _record(block, index, traces[name]):
