@@ -82,7 +82,7 @@ class DreamConfig(OfficialConfig, Qwen2Config):
 
 
 @registered
-class DreamModel(Bidirectional, Qwen2ForCausalLM):
+class DreamModel(Bidirectional, Qwen2ForCausalLM):  # type: ignore[misc]  # generate is not transformers'
     """Dream with its language-model head. `model(input_ids).logits[b, p]` predicts the token *at* position p.
 
     input_ids: (batch, length) int64, masked positions hold `config.mask_token_id`; attention_mask: (batch, length),

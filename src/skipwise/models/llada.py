@@ -66,15 +66,16 @@ PARTS = {
 }
 ENDS = {"wte": "model.embed_tokens", "ln_f": "model.norm", "ff_out": "lm_head"}
 
-# regular expression over official keys -> key of this module; the outer prefix `model.` may be missing. transformers
-# carries over one captured group a pattern, no more, and turns the patterns round to save in the official layout.
+# regular expression over official keys -> key of this module. The outer prefix `model.` may be missing: transformers adds
+# its own. It carries over one captured group a pattern, no more. To save the official layout it turns the patterns
+# round, which is why the short names at the ends are anchored.
 KEY_MAPPING = {
-    rf"^{prefix}transformer\.{theirs}\.": f"^{ours}."
-    for prefix in ("", r"model\.")
-    for theirs, ours in (
-        *ENDS.items(),
-        *((rf"blocks\.(\d+)\.{part}", rf"model.layers.\1.{here}") for part, here in PARTS.items()),
-    )
+    r"transformer\.wte\.": "embed_tokens.",
+    r"^transformer\.ln_f\.": "^model.norm.",
+    r"^transformer\.ff_out\.": "^lm_head.",
+    r"^model\.transformer\.ln_f\.": "^model.norm.",
+    r"^model\.transformer\.ff_out\.": "^lm_head.",
+    **{rf"transformer\.blocks\.(\d+)\.{theirs}\.": rf"layers.\1.{ours}." for theirs, ours in PARTS.items()},
 }
 
 
@@ -117,7 +118,7 @@ class LLaDAConfig(OfficialConfig, LlamaConfig):
 
 
 @registered
-class LLaDAModelLM(Bidirectional, LlamaForCausalLM):
+class LLaDAModelLM(Bidirectional, LlamaForCausalLM):  # type: ignore[misc]  # generate is not transformers'
     """LLaDA with its language-model head. `model(input_ids).logits[b, p]` predicts the token *at* position p.
 
     input_ids: (batch, length) int64, masked positions hold `config.mask_token_id`; attention_mask: (batch, length),

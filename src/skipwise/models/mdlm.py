@@ -219,7 +219,7 @@ def _bare(block: nn.Module) -> bool:
 
 
 @registered
-class MDLM(MaskedDiffusion, GenerationMixin, PreTrainedModel):
+class MDLM(MaskedDiffusion, GenerationMixin, PreTrainedModel):  # type: ignore[misc]  # generate is not transformers'
     """MDLM with its head. `model(input_ids).logits[b, p]` are raw scores of the token at position p.
 
     input_ids: (batch, length) int64, masked positions hold `config.mask_token_id`; attention_mask: (batch, length),

@@ -65,7 +65,7 @@ class MaskedDiffusion:
             save_directory, *args, save_original_format=save_original_format, **kwargs
         )
 
-    def generate(self, inputs: Any = None, generation_config: Any = None, **kwargs: Any) -> Any:
+    def generate(self: Any, inputs: Any = None, generation_config: Any = None, **kwargs: Any) -> Any:
         """Decode with the sampler of this model's family: `skipwise.generate` by the arguments of transformers.
 
         See `skipwise.sampling.as_transformers.generate` for what it takes and returns.
@@ -73,7 +73,7 @@ class MaskedDiffusion:
         # imported here, as samplers are built on models
         from skipwise.sampling.as_transformers import generate
 
-        return generate(self, inputs, generation_config, **kwargs)  # type: ignore[arg-type]
+        return generate(self, inputs, generation_config, **kwargs)
 
 
 def fact(model: nn.Module, name: str) -> Any:
@@ -102,7 +102,10 @@ class OfficialConfig:
     def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
         """As every config of transformers. Raises UserError for what this module does not implement."""
         if cls.is_official(config_dict):
-            config_dict = cls.from_official(config_dict).to_dict()
+            official = cls.from_official(config_dict)
+            if not kwargs:
+                return official
+            config_dict = official.to_dict()
         for key, value in cls.only.items():
             if config_dict.get(key) not in (value, None):
                 raise UserError(f"{cls.__name__} has {key}={config_dict[key]!r}; skipwise implements only {value!r}.")
