@@ -8,6 +8,7 @@ from torch import nn
 
 from skipwise.errors import UserError, require
 from skipwise.models import dream, llada, mdlm
+from skipwise.models.official import TAKEN, relative
 
 # config.json model_type -> (model class, config class, key mapping)
 NATIVE: dict[str, tuple[Any, Any, dict[str, str]]] = {
@@ -28,8 +29,17 @@ def recipe(config: dict[str, Any], name: str) -> tuple[Any, dict[str, Any]]:
         return getattr(diffusers, config["_class_name"]), {}
     if kind in NATIVE:
         model_class, config_class, mapping = NATIVE[kind]
-        return model_class, {"config": config_class.from_official(config), "key_mapping": mapping or None}
+        try:
+            translated = config_class.from_official(config)
+        except (TypeError, ValueError) as error:  # a UserError is a ValueError
+            raise UserError(f"{name}: {' '.join(str(error).split())}") from error
+        return model_class, {"config": translated, "key_mapping": mapping or None}
     if kind not in transformers.CONFIG_MAPPING:
+        if what := relative(kind):
+            raise UserError(
+                f"{name} is {what} (model_type {kind!r}), which skipwise does not implement; of masked diffusion "
+                f"language models it takes {TAKEN}. The repository's own code is never run."
+            )
         raise UserError(
             f"{name} has model_type {kind!r}, which neither skipwise nor the installed transformers knows. "
             "The repository's own code is never run; a newer transformers may know it."

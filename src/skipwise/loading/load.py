@@ -15,30 +15,38 @@ from skipwise.loading.checks import check_keys, check_weights, quiet, readable_e
 from skipwise.loading.classes import DTYPES, NATIVE, build_skeleton, recipe
 from skipwise.loading.gguf_file import load_gguf
 from skipwise.loading.source import Source, find
-from skipwise.loading.tokenizers import load_tokenizer
+from skipwise.loading.tokenizers import check_tokenizer, load_tokenizer
 from skipwise.models.random import random_model
 from skipwise.presets import names as preset_names
 from skipwise.presets import read as read_preset
 
 
 def load(
-    name: str, *, dtype: str | None = None, device: str | None = None, revision: str | None = None
+    name: str,
+    *,
+    dtype: str | None = None,
+    device: str | None = None,
+    revision: str | None = None,
+    tokenizer: Any = None,
 ) -> tuple[Any, Any]:
     """(model, tokenizer) by embedded name, folder, hub id or GGUF file; tokenizer None where there is none.
 
     dtype: "float32", "bfloat16" or "float16", by default the checkpoint's; device: such as "cuda"; revision: of a hub
-    repository. The model is in eval mode. Raises UserError with the next step for everything that can be wrong.
+    repository. tokenizer: another one than that beside the weights, by the name of a model, a folder or a hub id, or
+    loaded already; it must have the model's tokens. The model is in eval mode. Raises UserError with the next step for
+    everything that can be wrong.
     """
     if dtype is not None and dtype not in DTYPES:
         raise unknown("dtype", dtype, DTYPES)
     source = find(name, revision)
     with readable_errors(source):
+        words = load_tokenizer(source, tokenizer)  # first: it takes no time, and what is wrong with it is told at once
         model = load_gguf(source, dtype) if source.gguf else _load_folder(source, dtype)
-        tokenizer = load_tokenizer(source)
+    check_tokenizer(words, model.config, source.name)
     model = model.eval()
     if device is not None:
         model = model.to(device)
-    return model, tokenizer
+    return model, words
 
 
 def load_skeleton(name: str, *, dtype: str | None = None, revision: str | None = None) -> nn.Module:
