@@ -324,3 +324,75 @@ def test_a_chat_with_a_masked_model(tmp_path: Path) -> None:
     inputs = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=True, return_tensors="pt")
     out = sw.generate(model, **inputs, gen_length=4)
     assert out.sequences.shape == (1, inputs["input_ids"].shape[1] + 4)
+
+
+def test_every_command_that_reads_texts_takes_a_tokenizer() -> None:
+    """All commands that take a model and a dtype load it, but those that look at its shape alone."""
+    import typer
+
+    from skipwise import cli
+
+    top = typer.main.get_command(cli.app).commands  # type: ignore[attr-defined]
+    commands = top | {f"schedule {name}": command for name, command in top["schedule"].commands.items()}
+    names = {name: {part for p in command.params for part in p.opts} for name, command in commands.items()}
+    loading = {name for name, options in names.items() if "--dtype" in options} - {"inspect"}
+    assert loading >= {"generate", "analyze", "plan", "eval", "judge", "bench", "heal", "schedule front"}
+    assert {name for name, options in names.items() if "--tokenizer" in options} == loading | {"demo"}
+
+
+def test_generate_takes_another_tokenizer_and_a_chat(skipwise: Any, tmp_path: Path) -> None:
+    folder = dream_folder(tmp_path / "dream")
+    length = ("--gen-length", 4)
+    assert "<|im_start|>" not in skipwise("generate", folder, "hello", *length)[1]
+    code, out, _ = skipwise("generate", folder, "hello", "--chat", "--system", "be brief", *length)
+    assert code == 0
+    assert not out.startswith("hello")  # the answer alone
+    model, tokenizer = sw.load(str(folder))
+    inputs = chat_prompts(tokenizer, ["hello"], "be brief")
+    answer = sw.generate(model, **inputs, gen_length=4).sequences[0, inputs["input_ids"].shape[1] :]
+    assert out.startswith(tokenizer.decode(answer, skip_special_tokens=True).splitlines()[0])
+    code, _, err = skipwise("generate", "tiny-dllm", "s1=", "--chat", *length)
+    assert (code, err.count("\n")) == (2, 1)
+    assert "no chat template; leave out --chat" in err
+    assert "--system is for a chat" in skipwise("generate", "tiny-dllm", "s1=", "--system", "x", *length)[2]
+    code, _, err = skipwise("generate", "tiny-dllm", "s1=", "--tokenizer", folder, *length)
+    assert (code, err.count("\n")) == (2, 1)
+    assert "name another tokenizer" in err
+
+
+@pytest.mark.parametrize("command", ["plan", "eval", "judge", "bench", "heal", "importance", "search", "front", "demo"])
+def test_every_command_passes_its_tokenizer_on(skipwise: Any, command: str, tmp_path: Path, monkeypatch: Any) -> None:
+    """A name that nothing is known by is told by each of them."""
+    monkeypatch.chdir(tmp_path)
+    model, words = sw.load("tiny-dllm")
+    analysis = sw.analyze(model, words, [("s3141592=", "1123459")], noise_levels=1)
+    sw.make_plan(analysis, skip=1).save("plan.json")
+    analysis.save("analysis")
+    lines = {
+        "plan": ("plan", "analysis", "--method", "greedy", "--skip", 1, "--model", "tiny-dllm"),
+        "eval": ("eval", "tiny-dllm"),
+        "judge": ("judge", "tiny-dllm"),
+        "bench": ("bench", "tiny-dllm"),
+        "heal": ("heal", "plan.json", "tiny-dllm"),
+        "importance": ("schedule", "importance", "tiny-dllm", "--plan", "plan.json"),
+        "search": ("schedule", "search", "tiny-dllm", "--light", "plan.json", "--task", "sort", "--engine", "inline"),
+        "front": ("schedule", "front", "tiny-dllm"),
+        "demo": ("demo", "--model", "tiny-dllm"),
+    }
+    code, _, err = skipwise(*lines[command], "--tokenizer", "tiny-dlm")
+    assert (code, err.count("\n")) == (2, 1), err
+    assert "Unknown model 'tiny-dlm'. Did you mean 'tiny-dllm'" in err
+
+
+def test_a_search_knows_its_tokenizer(tmp_path: Path) -> None:
+    """Its name says nothing: what the files hold is part of what a stored trial depends on."""
+    from skipwise.evaluation.tasks import ExactMatch
+    from skipwise.scheduling.trials import Work
+
+    tasks = (ExactMatch("sort", "calibration", 1, 0, 8),)
+    assert "tokenizer" not in Work("tiny-dllm", tasks).identity()
+    folder = write(tmp_path / "words")
+    before = Work("tiny-dllm", tasks, tokenizer=str(folder)).identity()
+    write(folder, chat_template="{{ 2 }}")
+    assert Work("tiny-dllm", tasks, tokenizer=str(folder)).identity() != before
+    assert Work("tiny-dllm", tasks, tokenizer="tiny-ar").open().tokenizer.get_vocab()["<mask>"]

@@ -4,6 +4,7 @@ from typing import Any
 
 import torch
 import transformers
+from huggingface_hub.errors import StrictDataclassError
 from torch import nn
 
 from skipwise.errors import UserError, require
@@ -31,7 +32,7 @@ def recipe(config: dict[str, Any], name: str) -> tuple[Any, dict[str, Any]]:
         model_class, config_class, mapping = NATIVE[kind]
         try:
             translated = config_class.from_official(config)
-        except (TypeError, ValueError) as error:  # a UserError is a ValueError
+        except (TypeError, ValueError, StrictDataclassError) as error:  # a UserError is a ValueError
             raise UserError(f"{name}: {' '.join(str(error).split())}") from error
         return model_class, {"config": translated, "key_mapping": mapping or None}
     if kind not in transformers.CONFIG_MAPPING:
