@@ -26,8 +26,8 @@ SPARE = 128  # numbers that may lie between a tokenizer's last token and a mask 
 OTHERWISE = "name another tokenizer: --tokenizer NAME|FOLDER, in Python tokenizer=."
 
 
-def load_tokenizer(source: Source, named: Any = None) -> Any:
-    """The tokenizer of a source, which pads on the left; None where there is none.
+def load_tokenizer(source: Source | None, named: Any = None) -> Any:
+    """The tokenizer of a source, which pads on the left; None where there is none, or no source.
 
     named: another one in its place, by the name of a model, a folder or a hub id; a loaded one is handed back as it is.
     Raises UserError for one that is code of its repository, or whose files are missing or contradict one another.
@@ -35,6 +35,8 @@ def load_tokenizer(source: Source, named: Any = None) -> Any:
     if named is not None and not isinstance(named, str | Path):
         return named
     found = source if named is None else find_tokenizer(str(named))
+    if found is None:
+        return None
     try:
         with readable_errors(found):
             tokenizer = _read(found)
@@ -44,7 +46,7 @@ def load_tokenizer(source: Source, named: Any = None) -> Any:
         raise UserError(f"{found.name}: its tokenizer cannot be read: {' '.join(str(error).split())}.") from error
     if tokenizer is None and named is not None:
         raise UserError(f"{named} holds no tokenizer (none of {', '.join(FILES)}); give the folder of one.")
-    if tokenizer is not None and not source.gguf:
+    if tokenizer is not None and source is not None and not source.gguf:
         _name_mask(tokenizer, source.config.get("mask_token_id"))
     return tokenizer
 
