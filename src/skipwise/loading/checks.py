@@ -29,9 +29,10 @@ def readable_errors(source: Source) -> Iterator[None]:
 
 
 def check_weights(source: Source) -> None:
-    """Raise UserError, with the reason, when the folder has no safetensors."""
-    if any(source.folder.glob("*.safetensors")):
-        return
+    """Raise UserError, with the reason, when the folder has no safetensors, or none of the name that is looked for."""
+    found = sorted(path.name for path in source.folder.glob("*.safetensors"))
+    if found:
+        return _check_names(source, found[0])
     pickles = [path.name for pattern in ("*.bin", "*.pt", "*.pth", "*.ckpt") for path in source.folder.glob(pattern)]
     if pickles:
         raise UserError(
@@ -41,6 +42,17 @@ def check_weights(source: Source) -> None:
     raise UserError(
         f"{source.name} has a config but no .safetensors weights; use it with `skipwise inspect`, or add them."
     )
+
+
+def _check_names(source: Source, found: str) -> None:
+    stem = "diffusion_pytorch_model" if "_class_name" in source.config else "model"
+    names = (f"{stem}.safetensors", f"{stem}.safetensors.index.json")
+    named = source.config.get("transformers_weights")  # a config may name another file
+    if named is None and not any((source.folder / name).exists() for name in names):
+        raise UserError(
+            f"{source.name} has {found} but neither {names[0]} nor, for several files, {names[1]}; rename its weights, "
+            "or copy the index too."
+        )
 
 
 def check_keys(source: Source, report: dict[str, Any], strict: bool) -> None:
