@@ -29,10 +29,9 @@ def readable_errors(source: Source) -> Iterator[None]:
 
 
 def check_weights(source: Source) -> None:
-    """Raise UserError, with the reason, when the folder has no safetensors, or none of the name that is looked for."""
-    found = sorted(path.name for path in source.folder.glob("*.safetensors"))
-    if found:
-        return _check_names(source, found[0])
+    """Raise UserError, with the reason, when the folder has no safetensors."""
+    if any(source.folder.glob("*.safetensors")):
+        return
     pickles = [path.name for pattern in ("*.bin", "*.pt", "*.pth", "*.ckpt") for path in source.folder.glob(pattern)]
     if pickles:
         raise UserError(
@@ -44,7 +43,9 @@ def check_weights(source: Source) -> None:
     )
 
 
-def _check_names(source: Source, found: str) -> None:
+def check_names(source: Source) -> None:
+    """Raise UserError when the folder's safetensors have none of the names that loading looks for."""
+    found = min(path.name for path in source.folder.glob("*.safetensors"))
     stem = "diffusion_pytorch_model" if "_class_name" in source.config else "model"
     names = (f"{stem}.safetensors", f"{stem}.safetensors.index.json")
     named = source.config.get("transformers_weights")  # a config may name another file

@@ -11,7 +11,7 @@ import transformers
 from torch import nn
 
 from skipwise.errors import UserError, unknown
-from skipwise.loading.checks import check_keys, check_weights, quiet, readable_errors
+from skipwise.loading.checks import check_keys, check_names, check_weights, quiet, readable_errors
 from skipwise.loading.classes import DTYPES, NATIVE, build_skeleton, recipe
 from skipwise.loading.gguf_file import load_gguf
 from skipwise.loading.source import Source, find
@@ -87,6 +87,7 @@ def _load_folder(source: Source, dtype: str | None) -> Any:
     config = source.config
     model_class, settings = recipe(config, source.name)
     check_weights(source)
+    check_names(source)
     if "_class_name" in config:
         chosen = {"torch_dtype": DTYPES[dtype]} if dtype else {}
         return model_class.from_pretrained(source.folder, use_safetensors=True, **chosen)
