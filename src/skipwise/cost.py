@@ -6,7 +6,6 @@ example, masked or not; a convolution 2 * outputs * inputs per output. Everythin
 and in torch's own counter, against which the tests hold this one.
 """
 
-import copy
 import math
 from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
@@ -23,6 +22,8 @@ from skipwise.examples import Size, example_inputs, on_meta, shapes_only
 from skipwise.models import head_of
 from skipwise.plan import Phase, Plan
 from skipwise.skipping import whole
+from skipwise.twins import meta_twin
+from skipwise.wrapping import unwrap
 
 
 @dataclass
@@ -200,7 +201,7 @@ def price_blocks(
     """Price every block of a model by one forward on shapes alone; the model itself is neither run nor changed.
 
     Prices are remembered for each model and size."""
-    size = size or Size()
+    model, size = unwrap(model), size or Size()
     known = _known.setdefault(model, {})
     if example is not None or size not in known:
         with whole(model):
@@ -212,7 +213,7 @@ def price_blocks(
 
 
 def _price(model: nn.Module, size: Size, contract: Contract, example: Mapping[str, Any] | None) -> Prices:
-    twin = _on_meta(model)
+    twin = meta_twin(model)
     owners = {
         block: (name, i)
         for name, stack in contract.stacks.items()
@@ -261,13 +262,6 @@ def _watching(model: nn.Module, contract: Contract, streams: dict[str, Tensor]) 
     finally:
         for handle in handles:
             handle.remove()
-
-
-def _on_meta(model: nn.Module) -> nn.Module:
-    """A throw-away twin without data. Models keep tables of what they computed, which must not learn meta tensors."""
-    memo: dict[int, Any] = {id(b): b.to("meta") for b in model.buffers()}
-    memo |= {id(p): nn.Parameter(p.detach().to("meta"), p.requires_grad) for p in model.parameters()}
-    return copy.deepcopy(model, memo).eval()
 
 
 @contextmanager

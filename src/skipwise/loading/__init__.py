@@ -6,6 +6,7 @@ did not fit.
 
 from skipwise.loading.checks import check_keys, check_weights, quiet, readable_errors
 from skipwise.loading.classes import DTYPES, NATIVE, build_skeleton
+from skipwise.loading.devices import dtype_name, read_device, read_dtype
 from skipwise.loading.load import load, load_random, load_skeleton
 from skipwise.loading.source import Source, embedded_names, find, find_tokenizer, pipeline_folder
 from skipwise.loading.tokenizers import chat_prompts, check_tokenizer, load_tokenizer
@@ -19,6 +20,7 @@ __all__ = [
     "check_keys",
     "check_tokenizer",
     "check_weights",
+    "dtype_name",
     "embedded_names",
     "find",
     "find_tokenizer",
@@ -28,5 +30,7 @@ __all__ = [
     "load_tokenizer",
     "pipeline_folder",
     "quiet",
+    "read_device",
+    "read_dtype",
     "readable_errors",
 ]

@@ -29,12 +29,11 @@ def recipe(config: dict[str, Any], name: str) -> tuple[Any, dict[str, Any]]:
             raise UserError(f"{name} is a {config['_class_name']}, which the installed diffusers does not know.")
         return getattr(diffusers, config["_class_name"]), {}
     if kind in NATIVE:
-        model_class, config_class, mapping = NATIVE[kind]
+        model_class, config_class, _ = NATIVE[kind]
         try:
-            translated = config_class.from_official(config)
+            return model_class, {"config": config_class.from_dict(config)}
         except (TypeError, ValueError, StrictDataclassError) as error:  # a UserError is a ValueError
             raise UserError(f"{name}: {' '.join(str(error).split())}") from error
-        return model_class, {"config": translated, "key_mapping": mapping or None}
     if kind not in transformers.CONFIG_MAPPING:
         if what := relative(kind):
             raise UserError(

@@ -6,7 +6,7 @@ uses it sees logits for position p at index p.
 """
 
 from collections.abc import Mapping
-from typing import Any, cast
+from typing import Any, ClassVar, cast
 
 import torch
 from torch import Tensor
@@ -15,6 +15,7 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from skipwise.errors import UserError
 from skipwise.models.bidirectional import Bidirectional, Where, kept
+from skipwise.models.native import OfficialConfig, registered
 from skipwise.models.official import Layout
 
 OFFICIAL_VOCABULARY, END_OF_TURN = 152064, 151645
@@ -57,7 +58,7 @@ ROPE_TYPES: dict[str, tuple[str, ...]] = {
 KEY_MAPPING: dict[str, str] = {}  # the names are Qwen2's own
 
 
-class DreamConfig(Qwen2Config):
+class DreamConfig(OfficialConfig, Qwen2Config):
     """A `Qwen2Config` whose attention looks both ways (`is_causal` False), with Dream's mask token."""
 
     model_type = "Dream"
@@ -65,6 +66,13 @@ class DreamConfig(Qwen2Config):
     eot_token_id: int | None = None  # ends a turn; the official files know it by number only
     is_causal: bool = False
     use_cache: bool = False
+    layout: ClassVar[Layout] = LAYOUT
+    only: ClassVar[Mapping[str, Any]] = ONLY_SUPPORTED
+
+    @classmethod
+    def is_official(cls, config: Mapping[str, Any]) -> bool:
+        """The official code knows no rope_parameters; all other keys are the same."""
+        return "rope_parameters" not in config
 
     @classmethod
     def from_official(cls, official: dict[str, Any]) -> "DreamConfig":
@@ -116,6 +124,7 @@ def _rope(scaling: Mapping[str, Any] | None) -> dict[str, Any]:
     return {"rope_type": kind, **given}
 
 
+@registered
 class DreamModel(Bidirectional, Qwen2ForCausalLM):
     """Dream with its language-model head. `model(input_ids).logits[b, p]` predicts the token *at* position p.
 
@@ -125,7 +134,7 @@ class DreamModel(Bidirectional, Qwen2ForCausalLM):
 
     config_class = DreamConfig
     config: DreamConfig
-    family = "dream"  # of samplers
+    family = "dream"
     shift = 1
 
     def forward(

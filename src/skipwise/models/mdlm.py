@@ -6,7 +6,7 @@ level sigma. The published OpenWebText model is not told the noise level, so tha
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any, ClassVar, cast
 
@@ -14,12 +14,14 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import Cache, PreTrainedConfig, PreTrainedModel
+from transformers.generation import GenerationMixin
 from transformers.modeling_outputs import MaskedLMOutput
 
 from skipwise.models.bidirectional import Where, kept
 from skipwise.models.hooks import watched
 from skipwise.models.lean import Places, following, quickly, spread
 from skipwise.models.linear import linear
+from skipwise.models.native import MaskedDiffusion, OfficialConfig, registered
 from skipwise.models.official import Layout
 from skipwise.models.workspace import Workspace
 
@@ -34,7 +36,7 @@ _KEYS = (*_NEEDED, "model_length", "dropout", "time_conditioning")
 LAYOUT = Layout(family="MDLM", architectures=("MDLM",), needed=_NEEDED, used=(*_KEYS, "mask_token_id"))
 
 
-class MDLMConfig(PreTrainedConfig):
+class MDLMConfig(OfficialConfig, PreTrainedConfig):
     """The official config's own keys. The mask token is the last of the vocabulary, unless mask_token_id names one."""
 
     model_type = "mdlm"
@@ -52,11 +54,17 @@ class MDLMConfig(PreTrainedConfig):
     dropout: float = 0.1
     time_conditioning: bool = False
     mask_token_id: int | None = None
+    layout: ClassVar[Layout] = LAYOUT
 
     def __post_init__(self, **kwargs: Any) -> None:
         if self.mask_token_id is None:
             self.mask_token_id = self.vocab_size - 1
         super().__post_init__(**kwargs)
+
+    @classmethod
+    def is_official(cls, config: Mapping[str, Any]) -> bool:
+        """The official keys are this config's own; only this one also names the mask token."""
+        return "mask_token_id" not in config
 
     @classmethod
     def from_official(cls, official: dict[str, Any]) -> "MDLMConfig":
@@ -95,17 +103,17 @@ class _Embedding(nn.Module):
 
 
 class _SigmaEmbedding(nn.Module):
-    """sigma (batch,) -> (batch, cond_dim)."""
+    """sigma (batch,) -> (batch, cond_dim), in the model's dtype, which quantised weights do not tell."""
 
     def __init__(self, width: int):
         super().__init__()
         self.mlp = nn.Sequential(nn.Linear(FREQUENCIES, width), nn.SiLU(), nn.Linear(width, width))
 
-    def forward(self, sigma: Tensor) -> Tensor:
+    def forward(self, sigma: Tensor, dtype: torch.dtype) -> Tensor:
         half = FREQUENCIES // 2
         rates = torch.exp(-math.log(10000.0) * torch.arange(half, device=sigma.device, dtype=torch.float32) / half)
         angles = sigma.float()[:, None] * rates
-        return self.mlp(torch.cat([angles.cos(), angles.sin()], dim=-1).to(cast(nn.Linear, self.mlp[0]).weight.dtype))
+        return self.mlp(torch.cat([angles.cos(), angles.sin()], dim=-1).to(dtype))
 
 
 def _modulate(x: Tensor, shift: Tensor, factor: Tensor) -> Tensor:
@@ -219,7 +227,8 @@ def _bare(block: nn.Module) -> bool:
     return type(block) is MDLMBlock and not any(map(watched, block.modules()))
 
 
-class MDLM(PreTrainedModel):
+@registered
+class MDLM(MaskedDiffusion, GenerationMixin, PreTrainedModel):
     """MDLM with its head. `model(input_ids).logits[b, p]` are raw scores of the token at position p.
 
     input_ids: (batch, length) int64, masked positions hold `config.mask_token_id`; attention_mask: (batch, length),
@@ -231,10 +240,12 @@ class MDLM(PreTrainedModel):
     config: MDLMConfig
     base_model_prefix = ""
     main_input_name = "input_ids"
-    is_masked_diffusion = True
-    takes_cache = True  # past_key_values
-    shift = 0  # how far before a position the state is that predicts it
-    family = "mdlm"  # of samplers
+    family = "mdlm"
+    takes_cache = True
+    predicts_mask = False
+    commits_by_confidence = False
+    official_keys = KEY_MAPPING
+    counts_what_runs = True  # its forward numbers the blocks that run, whichever they are
     _no_split_modules = {"MDLMBlock"}  # noqa: RUF012 (transformers' own way)
 
     def __init__(self, config: MDLMConfig):
@@ -244,6 +255,11 @@ class MDLM(PreTrainedModel):
         self.blocks = nn.ModuleList(MDLMBlock(config) for _ in range(config.n_blocks))
         self.output_layer = _OutputLayer(config)
         self.post_init()
+
+    @property
+    def takes_sigma(self) -> bool:  # type: ignore[override]
+        """Whether the config asks for time conditioning."""
+        return self.config.time_conditioning
 
     def _init_weights(self, module: nn.Module) -> None:
         """Modulations and the head begin at zero, so that every block begins as the identity (DiT)."""
@@ -334,9 +350,9 @@ class MDLM(PreTrainedModel):
     ) -> tuple[Tensor, list[Modulation] | None]:
         """The conditioning (batch, cond_dim); all that is made of it, where that is known from an earlier forward."""
         if sigma is not None and self.config.time_conditioning:
-            return F.silu(self.sigma_map(sigma)), None
+            return F.silu(self.sigma_map(sigma, x.dtype)), None
         if space is None:
-            return F.silu(self.sigma_map(torch.zeros(len(x), device=x.device))), None
+            return F.silu(self.sigma_map(torch.zeros(len(x), device=x.device), x.dtype)), None
         begun = "modulations" in space.kept
         conditioning, modulations, flops = space.keep("modulations", self._modulations)
         space.known_flops = flops * (len(x) - (not begun))
@@ -346,8 +362,9 @@ class MDLM(PreTrainedModel):
         """Without noise: the conditioning (1, cond_dim), what blocks and output make of it, and the FLOPs of that."""
         parts: Any = (*self.blocks, self.output_layer)
         maps = [self.sigma_map.mlp[0], self.sigma_map.mlp[2], *(part.adaLN_modulation for part in parts)]
-        conditioning = F.silu(self.sigma_map(torch.zeros(1, device=maps[0].weight.device)))
-        flops = 2 * sum(part.weight.numel() for part in maps)
+        words = self.vocab_embed.embedding
+        conditioning = F.silu(self.sigma_map(torch.zeros(1, device=words.device), words.dtype))
+        flops = 2 * sum(part.in_features * part.out_features for part in maps)
         return conditioning, [part.modulation(conditioning) for part in parts], flops
 
     def _narrows(self, where: Where | int | None, bare: bool) -> bool:
@@ -358,7 +375,7 @@ class MDLM(PreTrainedModel):
     def spared(self, rows: int, keys: int) -> int:
         """FLOPs that this spares for every other position."""
         last: Any = self.blocks[-1]
-        return 2 * sum(part.weight.numel() for part in (last.attn_out, last.mlp[0], last.mlp[2]))
+        return 2 * sum(part.in_features * part.out_features for part in (last.attn_out, last.mlp[0], last.mlp[2]))
 
     @property
     def head(self) -> nn.Module:

@@ -65,7 +65,7 @@ class Layout:
 
     def check(self, official: Mapping[str, Any]) -> dict[str, Any]:
         """The keys of STORAGE that the config has. Raises UserError for the first key that is in the way."""
-        self._check_architecture(official)
+        self.check_architecture(official)
         for key, value in official.items():
             if value is None:
                 continue
@@ -83,7 +83,8 @@ class Layout:
         self._check_known(official)
         return {key: official[key] for key in STORAGE if official.get(key) is not None}
 
-    def _check_architecture(self, official: Mapping[str, Any]) -> None:
+    def check_architecture(self, official: Mapping[str, Any]) -> None:
+        """Raise UserError for an architecture of another shape under the same model_type."""
         other = [name for name in official.get("architectures") or () if name not in self.architectures]
         if other:
             experts = official.get("num_experts")
