@@ -4,6 +4,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
+from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
 from transformers.utils import logging as transformers_logging
 
@@ -22,7 +23,7 @@ def readable_errors(source: Source) -> Iterator[None]:
         ) from error
     except UserError:
         raise
-    except (OSError, KeyError, ValueError, RuntimeError) as error:
+    except (OSError, KeyError, ValueError, TypeError, RuntimeError, StrictDataclassError) as error:
         reason = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
         raise UserError(f"{source.name} cannot be loaded: {reason}") from error
 
@@ -40,6 +41,19 @@ def check_weights(source: Source) -> None:
     raise UserError(
         f"{source.name} has a config but no .safetensors weights; use it with `skipwise inspect`, or add them."
     )
+
+
+def check_names(source: Source) -> None:
+    """Raise UserError when the folder's safetensors have none of the names that loading looks for."""
+    found = min(path.name for path in source.folder.glob("*.safetensors"))
+    stem = "diffusion_pytorch_model" if "_class_name" in source.config else "model"
+    names = (f"{stem}.safetensors", f"{stem}.safetensors.index.json")
+    named = source.config.get("transformers_weights")  # a config may name another file
+    if named is None and not any((source.folder / name).exists() for name in names):
+        raise UserError(
+            f"{source.name} has {found} but neither {names[0]} nor, for several files, {names[1]}; rename its weights, "
+            "or copy the index too."
+        )
 
 
 def check_keys(source: Source, report: dict[str, Any], strict: bool) -> None:

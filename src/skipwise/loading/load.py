@@ -11,12 +11,12 @@ import transformers
 from torch import nn
 
 from skipwise.errors import UserError, require
-from skipwise.loading.checks import check_keys, check_weights, quiet, readable_errors
+from skipwise.loading.checks import check_keys, check_names, check_weights, quiet, readable_errors
 from skipwise.loading.classes import NATIVE, build_skeleton, recipe
 from skipwise.loading.devices import Device, Dtype, dtype_name, read_device, read_dtype
 from skipwise.loading.gguf_file import load_gguf
 from skipwise.loading.source import Source, find
-from skipwise.loading.tokenizers import load_tokenizer
+from skipwise.loading.tokenizers import check_tokenizer, load_tokenizer
 from skipwise.models.random import random_model
 from skipwise.presets import names as preset_names
 from skipwise.presets import read as read_preset
@@ -31,14 +31,15 @@ def load(
     quantization_config: Any = None,
     variant: str | None = None,
     revision: str | None = None,
-    tokenizer: str | None = None,
+    tokenizer: Any = None,
 ) -> tuple[Any, Any]:
     """(model, tokenizer) by embedded name, folder, hub id or GGUF file; tokenizer None where there is none.
 
     dtype: torch.bfloat16, "bfloat16", "bf16" and so on, by default or with "auto" the checkpoint's; device: such as
     "cuda"; device_map: instead of a device, accelerate's ("auto", or a dictionary of module -> device);
     quantization_config: of transformers or diffusers, to quantise the weights as they are read; variant: of the weight
-    files, such as "fp16"; revision: of a hub repository; tokenizer: a name or folder to take the tokenizer from.
+    files, such as "fp16"; revision: of a hub repository; tokenizer: another one than that beside the weights, by the
+    name of a model, a folder or a hub id, or loaded already: it must have the model's tokens.
     The model is in eval mode. Raises UserError with the next step for everything that can be wrong.
     """
     chosen, place = read_dtype(dtype), read_device(device)
@@ -46,8 +47,9 @@ def load(
     given = {key: value for key, value in (given | {"variant": variant}).items() if value is not None}
     source = find(name, revision)
     with readable_errors(source):
+        words = load_tokenizer(source, tokenizer)  # first: it takes no time, and what is wrong with it is told at once
         model = _load_gguf(source, chosen, given) if source.gguf else _load_folder(source, chosen, given)
-        words = load_tokenizer(source, tokenizer)
+        check_tokenizer(words, model.config, source.name)
         model = model.eval()
         return model if place is None else model.to(place), words
 
@@ -113,6 +115,8 @@ def _load_folder(source: Source, dtype: torch.dtype | None, given: dict[str, Any
     config = source.config
     model_class, settings = recipe(config, source.name)
     check_weights(source)
+    if "variant" not in given:  # whose files have another name
+        check_names(source)
     if "_class_name" in config:
         chosen = {} if dtype is None else {"torch_dtype": dtype}
         return model_class.from_pretrained(source.folder, use_safetensors=True, **chosen, **given)

@@ -13,6 +13,7 @@ from torch import nn
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelForMaskedLM
 
 from skipwise.errors import UserError
+from skipwise.models.official import Layout
 
 Model = TypeVar("Model")
 
@@ -82,8 +83,12 @@ def fact(model: nn.Module, name: str) -> Any:
 
 
 class OfficialConfig:
-    """Mix in before a `PreTrainedConfig`: `from_dict` also takes the dictionary of an official config.json."""
+    """Mix in before a `PreTrainedConfig`: `from_dict` also takes the dictionary of an official config.json.
 
+    layout: the keys of that.
+    """
+
+    layout: ClassVar[Layout]
     only: ClassVar[
         Mapping[str, Any]
     ] = {}  # the one value that is implemented, of keys that have a place in this config
@@ -101,6 +106,7 @@ class OfficialConfig:
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
         """As every config of transformers. Raises UserError for what this module does not implement."""
+        cls.layout.check_architecture(config_dict)
         if cls.is_official(config_dict):
             official = cls.from_official(config_dict)
             if not kwargs:
