@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from skipwise.errors import UserError
-from skipwise.examples import example_inputs, on_meta, shapes_only
+from skipwise.examples import example_inputs, on_meta, run_example, shapes_only
 from skipwise.numbering import find_numbering
 from skipwise.per_layer import computed_lists, names_of_layers
 from skipwise.plan import ModelShape
@@ -179,7 +179,7 @@ def trace_calls(model: nn.Module, lists: Mapping[str, nn.ModuleList], example: M
             for index, block in enumerate(blocks):
                 for handle in _record(block, index, traces[name]):
                     hooks.callback(handle.remove)
-        model(**example)
+        run_example(model, example)
     return traces
 
 
