@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from skipwise.benchmarking.memory import available_bytes
 from skipwise.errors import UserError
 from skipwise.evaluation import calibration_texts
-from skipwise.loading import DTYPES, load, load_random, load_skeleton
+from skipwise.loading import load, load_random, load_skeleton, read_device, read_dtype
 from skipwise.models import kind_of
 from skipwise.sizes import show_bytes
 
@@ -46,10 +46,10 @@ def prepare(
     if not random:
         model, tokenizer = load(name, dtype=dtype, device=device)
     else:
-        target = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-        dtype = dtype or ("bfloat16" if target.type == "cuda" else "float32")
-        check_fits(load_skeleton(name, dtype=dtype), name, target)
-        model, tokenizer = load_random(name, dtype=DTYPES[dtype], device=target, seed=seed), None
+        target = read_device(device) or torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        chosen = read_dtype(dtype) or (torch.bfloat16 if target.type == "cuda" else torch.float32)
+        check_fits(load_skeleton(name, dtype=chosen), name, target)
+        model, tokenizer = load_random(name, dtype=chosen, device=target, seed=seed), None
     if kind_of(model) not in ("masked diffusion", "autoregressive"):
         raise UserError(f"{name} is a model of the kind {kind_of(model)!r}; bench times models that write text.")
     return Subject(name, model, tokenizer, random)

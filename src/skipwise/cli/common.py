@@ -14,7 +14,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from skipwise.calibration import Calibration
 from skipwise.errors import UserError
 from skipwise.evaluation import calibration_texts
-from skipwise.loading import load
+from skipwise.loading import dtype_name, load, read_device
 from skipwise.plan import Plan
 
 # a file or a pipe has no width of its own; rich would take 80 columns and cut
@@ -23,11 +23,32 @@ console = Console(width=None if sys.stdout.isatty() else 110)
 ModelName = Annotated[
     str, typer.Argument(help="An embedded name (tiny-dllm), a folder, a hub id (org/name) or a .gguf file.")
 ]
-Dtype = Annotated[str | None, typer.Option(help="float32, bfloat16 or float16; the checkpoint's own by default.")]
-JudgeDtype = Annotated[
-    str, typer.Option(help="Of the judge's weights: float32, or bfloat16, which reads faster and rounds.")
+
+
+def _checked_device(device: str | None) -> str | None:
+    """As given, where this machine has it: said before anything is loaded."""
+    read_device(device)
+    return device
+
+
+Dtype = Annotated[
+    str | None,
+    typer.Option(help="float32, bfloat16 or float16; the checkpoint's own by default.", callback=dtype_name),
 ]
-Device = Annotated[str | None, typer.Option(help="Such as cpu or cuda.")]
+JudgeDtype = Annotated[
+    str,
+    typer.Option(
+        help="Of the judge's weights: float32, or bfloat16, which reads faster and rounds.", callback=dtype_name
+    ),
+]
+WouldBeDtype = Annotated[
+    str,
+    typer.Option(
+        help="What the weights would be held in: float32, bfloat16 or float16.",
+        callback=lambda dtype: dtype_name(dtype) or "bfloat16",
+    ),
+]
+Device = Annotated[str | None, typer.Option(help="Such as cpu or cuda.", callback=_checked_device)]
 
 
 @contextmanager

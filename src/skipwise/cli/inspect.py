@@ -9,7 +9,7 @@ from rich.table import Table
 from torch import nn
 
 from skipwise.blocks import Stack, find_contract, module_list
-from skipwise.cli.common import ModelName, console, settings_from
+from skipwise.cli.common import ModelName, WouldBeDtype, console, settings_from
 from skipwise.cost import Cost, Price, Prices, estimate, price_blocks
 from skipwise.errors import UserError
 from skipwise.examples import Size
@@ -24,9 +24,7 @@ def command(
         int, typer.Option(help="Side of the latent image in latent pixels, for image models.", min=2)
     ] = 128,
     text: Annotated[int, typer.Option(help="Text tokens that an image model is conditioned on.", min=1)] = 512,
-    dtype: Annotated[
-        str, typer.Option(help="What the weights would be held in: float32, bfloat16 or float16.")
-    ] = "bfloat16",
+    dtype: WouldBeDtype = "bfloat16",
     skip: Annotated[int | None, typer.Option(help="Also price skipping this many blocks.", min=0)] = None,
     finetune: Annotated[
         bool, typer.Option("--finetune", help="Estimate the memory of fine-tuning an image model instead.")

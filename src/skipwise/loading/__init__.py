@@ -6,6 +6,7 @@ did not fit.
 
 from skipwise.loading.checks import check_keys, check_weights, quiet, readable_errors
 from skipwise.loading.classes import DTYPES, NATIVE, build_skeleton
+from skipwise.loading.devices import dtype_name, read_device, read_dtype
 from skipwise.loading.load import load, load_random, load_skeleton
 from skipwise.loading.source import Source, embedded_names, find, pipeline_folder
 
@@ -16,6 +17,7 @@ __all__ = [
     "build_skeleton",
     "check_keys",
     "check_weights",
+    "dtype_name",
     "embedded_names",
     "find",
     "load",
@@ -23,5 +25,7 @@ __all__ = [
     "load_skeleton",
     "pipeline_folder",
     "quiet",
+    "read_device",
+    "read_dtype",
     "readable_errors",
 ]

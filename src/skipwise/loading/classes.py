@@ -27,8 +27,8 @@ def recipe(config: dict[str, Any], name: str) -> tuple[Any, dict[str, Any]]:
             raise UserError(f"{name} is a {config['_class_name']}, which the installed diffusers does not know.")
         return getattr(diffusers, config["_class_name"]), {}
     if kind in NATIVE:
-        model_class, config_class, mapping = NATIVE[kind]
-        return model_class, {"config": config_class.from_official(config), "key_mapping": mapping or None}
+        model_class, config_class, _ = NATIVE[kind]
+        return model_class, {"config": config_class.from_dict(config)}
     if kind not in transformers.CONFIG_MAPPING:
         raise UserError(
             f"{name} has model_type {kind!r}, which neither skipwise nor the installed transformers knows. "

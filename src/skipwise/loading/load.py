@@ -10,9 +10,10 @@ import torch
 import transformers
 from torch import nn
 
-from skipwise.errors import UserError, unknown
+from skipwise.errors import UserError, require
 from skipwise.loading.checks import check_keys, check_weights, quiet, readable_errors
-from skipwise.loading.classes import DTYPES, NATIVE, build_skeleton, recipe
+from skipwise.loading.classes import NATIVE, build_skeleton, recipe
+from skipwise.loading.devices import Device, Dtype, dtype_name, read_device, read_dtype
 from skipwise.loading.gguf_file import load_gguf
 from skipwise.loading.source import Source, find
 from skipwise.loading.tokenizers import load_tokenizer
@@ -22,47 +23,55 @@ from skipwise.presets import read as read_preset
 
 
 def load(
-    name: str, *, dtype: str | None = None, device: str | None = None, revision: str | None = None
+    name: str,
+    *,
+    dtype: Dtype = None,
+    device: Device = None,
+    device_map: str | dict[str, Any] | None = None,
+    quantization_config: Any = None,
+    variant: str | None = None,
+    revision: str | None = None,
+    tokenizer: str | None = None,
 ) -> tuple[Any, Any]:
     """(model, tokenizer) by embedded name, folder, hub id or GGUF file; tokenizer None where there is none.
 
-    dtype: "float32", "bfloat16" or "float16", by default the checkpoint's; device: such as "cuda"; revision: of a hub
-    repository. The model is in eval mode. Raises UserError with the next step for everything that can be wrong.
+    dtype: torch.bfloat16, "bfloat16", "bf16" and so on, by default or with "auto" the checkpoint's; device: such as
+    "cuda"; device_map: instead of a device, accelerate's ("auto", or a dictionary of module -> device);
+    quantization_config: of transformers or diffusers, to quantise the weights as they are read; variant: of the weight
+    files, such as "fp16"; revision: of a hub repository; tokenizer: a name or folder to take the tokenizer from.
+    The model is in eval mode. Raises UserError with the next step for everything that can be wrong.
     """
-    if dtype is not None and dtype not in DTYPES:
-        raise unknown("dtype", dtype, DTYPES)
+    chosen, place = read_dtype(dtype), read_device(device)
+    given = {"device_map": _device_map(device_map, place), "quantization_config": quantization_config}
+    given = {key: value for key, value in (given | {"variant": variant}).items() if value is not None}
     source = find(name, revision)
     with readable_errors(source):
-        model = load_gguf(source, dtype) if source.gguf else _load_folder(source, dtype)
-        tokenizer = load_tokenizer(source)
-    model = model.eval()
-    if device is not None:
-        model = model.to(device)
-    return model, tokenizer
+        model = _load_gguf(source, chosen, given) if source.gguf else _load_folder(source, chosen, given)
+        words = load_tokenizer(source, tokenizer)
+        model = model.eval()
+        return model if place is None else model.to(place), words
 
 
-def load_skeleton(name: str, *, dtype: str | None = None, revision: str | None = None) -> nn.Module:
+def load_skeleton(name: str, *, dtype: Dtype = None, revision: str | None = None) -> nn.Module:
     """The model without weights, on the meta device, from a preset or from the config.json of what `load` takes.
 
     dtype: what its parameters would be held in, by default float32. Raises UserError as `load` does.
     """
-    if dtype is not None and dtype not in DTYPES:
-        raise unknown("dtype", dtype, DTYPES)
+    chosen = read_dtype(dtype)
     skeleton = _skeleton(name, revision)
-    return skeleton if dtype is None else skeleton.to(DTYPES[dtype])
+    return skeleton if chosen is None else skeleton.to(chosen)
 
 
-def load_random(
-    name: str, *, dtype: torch.dtype = torch.float32, device: torch.device | str | None = None, seed: int = 0
-) -> Any:
+def load_random(name: str, *, dtype: Dtype = torch.float32, device: Device = None, seed: int = 0) -> Any:
     """A language model of this name's shape with random weights, drawn on `device` in `dtype`, in eval mode.
 
     name: a preset, or what `load` takes; no more than the config is needed. Raises UserError as `load` does.
     """
+    chosen, place = read_dtype(dtype) or torch.float32, read_device(device)
     skeleton = load_skeleton(name)
     if not isinstance(skeleton, transformers.PreTrainedModel):
         raise UserError(f"{name} is a {type(skeleton).__name__}; random weights are for language models.")
-    return random_model(type(skeleton), skeleton.config, dtype=dtype, device=device, seed=seed)
+    return random_model(type(skeleton), skeleton.config, dtype=chosen, device=place, seed=seed)
 
 
 def _skeleton(name: str, revision: str | None) -> nn.Module:
@@ -75,22 +84,39 @@ def _skeleton(name: str, revision: str | None) -> nn.Module:
         return build_skeleton(source.config, name)
 
 
-def _load_folder(source: Source, dtype: str | None) -> Any:
+def _device_map(wanted: Any, place: torch.device | None) -> Any:
+    if wanted is None:
+        return None
+    if place is not None:
+        raise UserError(f"device={str(place)!r} and device_map={wanted!r} both place the weights; give one of them.")
+    require("accelerate", "image")
+    return wanted
+
+
+def _load_gguf(source: Source, dtype: torch.dtype | None, given: dict[str, Any]) -> Any:
+    if given:
+        raise UserError(f"{source.name} is a GGUF file, which is loaded without {', '.join(given)}; leave that out.")
+    return load_gguf(source, dtype_name(dtype))
+
+
+def _load_folder(source: Source, dtype: torch.dtype | None, given: dict[str, Any]) -> Any:
+    """given: for from_pretrained of transformers or diffusers."""
     config = source.config
     model_class, settings = recipe(config, source.name)
     check_weights(source)
     if "_class_name" in config:
-        chosen = {"torch_dtype": DTYPES[dtype]} if dtype else {}
-        return model_class.from_pretrained(source.folder, use_safetensors=True, **chosen)
+        chosen = {} if dtype is None else {"torch_dtype": dtype}
+        return model_class.from_pretrained(source.folder, use_safetensors=True, **chosen, **given)
     with quiet():
         model, report = model_class.from_pretrained(
             source.folder,
-            dtype=DTYPES[dtype] if dtype else "auto",
+            dtype=dtype or "auto",
             use_safetensors=True,
             trust_remote_code=False,
             output_loading_info=True,
             ignore_mismatched_sizes=True,  # so that they are reported with the others
             **settings,
+            **given,
         )
     check_keys(source, report, strict=config.get("model_type") in NATIVE)
     model.name_or_path = source.name

@@ -5,11 +5,13 @@ from typing import Any
 import transformers
 
 from skipwise.loading.checks import quiet
-from skipwise.loading.source import Source
+from skipwise.loading.source import Source, find
 
 
-def load_tokenizer(source: Source) -> Any:
-    """The tokenizer of a source, which pads on the left; None where there is none."""
+def load_tokenizer(source: Source, name: str | None = None) -> Any:
+    """The tokenizer of a source, or of what else is named, which pads on the left; None where there is none."""
+    if name is not None:
+        return load_tokenizer(find(name, weights=False))
     if source.gguf:
         return transformers.AutoTokenizer.from_pretrained(source.folder, gguf_file=source.gguf, padding_side="left")
     names = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json")

@@ -1,22 +1,17 @@
 """Native modules for models whose official code is remote code. Each loads the official weights strictly, by key."""
 
-import importlib
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Literal
 
 from torch import nn
 from transformers.generation import GenerationMixin
 
 from skipwise.errors import UserError
+from skipwise.models.dream import DreamModel as Dream
+from skipwise.models.llada import LLaDA
+from skipwise.models.mdlm import MDLM
+from skipwise.models.native import MaskedDiffusion
 
-if TYPE_CHECKING:
-    from skipwise.models.dream import DreamModel as Dream
-    from skipwise.models.llada import LLaDA
-    from skipwise.models.mdlm import MDLM
-
-__all__ = ["MDLM", "Dream", "Kind", "LLaDA", "end_of_text", "head_of", "kind_of", "mask_token"]
-
-# the classes by the papers' names, imported when first used
-_CLASSES = {"LLaDA": ("llada", "LLaDAModelLM"), "Dream": ("dream", "DreamModel"), "MDLM": ("mdlm", "MDLM")}
+__all__ = ["MDLM", "Dream", "Kind", "LLaDA", "MaskedDiffusion", "end_of_text", "head_of", "kind_of", "mask_token"]
 
 Kind = Literal["masked diffusion", "autoregressive", "encoder", "image or video diffusion"]
 
@@ -51,10 +46,3 @@ def mask_token(model: nn.Module) -> int:
     if token is None:
         raise UserError(f"{type(model).__name__} has no mask_token_id in its config; set model.config.mask_token_id.")
     return int(token)
-
-
-def __getattr__(name: str) -> Any:
-    if name in _CLASSES:
-        module, attribute = _CLASSES[name]
-        return getattr(importlib.import_module(f"{__name__}.{module}"), attribute)
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -6,18 +6,17 @@ import torch
 from torch import Tensor, nn
 
 from skipwise.models.lean import is_lean, run, spared
+from skipwise.models.native import MaskedDiffusion
 from skipwise.models.workspace import Workspace
 
 LEAN = ("past_key_values", "position_ids")  # what `run` takes of what a decoder does
 Where = Tensor | tuple[Tensor, Tensor]  # bool (rows, length), or its indices: rows (n,) and positions (n,)
 
 
-class Bidirectional:
+class Bidirectional(MaskedDiffusion):
     """Mix in before a `...ForCausalLM` class whose config says `is_causal = False`."""
 
-    is_masked_diffusion = True
-    takes_cache = True  # past_key_values
-    shift = 0  # how far before a position the state is that predicts it
+    takes_cache = True
 
     def __init__(self, config: Any):
         super().__init__(config)  # type: ignore[call-arg]

@@ -5,7 +5,8 @@ position p from the state at p - 1, as its autoregressive parent does. That shif
 uses it sees logits for position p at index p.
 """
 
-from typing import Any, cast
+from collections.abc import Mapping
+from typing import Any, ClassVar, cast
 
 import torch
 from torch import Tensor
@@ -14,6 +15,7 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from skipwise.errors import UserError
 from skipwise.models.bidirectional import Bidirectional, Where, kept
+from skipwise.models.native import OfficialConfig, registered
 from skipwise.models.official import check_official
 
 ONLY_SUPPORTED = {"use_sliding_window": False, "hidden_act": "silu", "rope_scaling": None, "use_mrope": False}
@@ -46,13 +48,19 @@ _IGNORED = (
 KEY_MAPPING: dict[str, str] = {}  # the names are Qwen2's own
 
 
-class DreamConfig(Qwen2Config):
+class DreamConfig(OfficialConfig, Qwen2Config):
     """A `Qwen2Config` whose attention looks both ways (`is_causal` False), with Dream's mask token."""
 
     model_type = "Dream"
     mask_token_id: int | None = 151666
     is_causal: bool = False
     use_cache: bool = False
+    only: ClassVar[Mapping[str, Any]] = ONLY_SUPPORTED
+
+    @classmethod
+    def is_official(cls, config: Mapping[str, Any]) -> bool:
+        """The official code knows no rope_parameters; all other keys are the same."""
+        return "rope_parameters" not in config
 
     @classmethod
     def from_official(cls, official: dict[str, Any]) -> "DreamConfig":
@@ -73,6 +81,7 @@ class DreamConfig(Qwen2Config):
         return {"model_type": "Dream", "architectures": ["DreamModel"], **official}
 
 
+@registered
 class DreamModel(Bidirectional, Qwen2ForCausalLM):
     """Dream with its language-model head. `model(input_ids).logits[b, p]` predicts the token *at* position p.
 
@@ -82,7 +91,7 @@ class DreamModel(Bidirectional, Qwen2ForCausalLM):
 
     config_class = DreamConfig
     config: DreamConfig
-    family = "dream"  # of samplers
+    family = "dream"
     shift = 1
 
     def forward(

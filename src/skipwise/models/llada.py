@@ -5,6 +5,7 @@ bidirectional attention, so this is a thin face of transformers' Llama: a config
 kernels, device placement, sharded loading and maintenance come from transformers.
 """
 
+from collections.abc import Mapping
 from typing import Any, cast
 
 import torch
@@ -12,6 +13,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from skipwise.errors import UserError
 from skipwise.models.bidirectional import Bidirectional
+from skipwise.models.native import OfficialConfig, registered
 from skipwise.models.official import check_official
 from skipwise.models.random import random_model
 
@@ -50,40 +52,33 @@ ONLY_SUPPORTED = {
     "multi_query_attention": None,
 }
 
-# regular expression over official keys -> key of this module. The outer prefix `model.` is optional. transformers
-# carries over one captured group a pattern, no more.
-_BLOCK = r"^(?:model\.)?transformer\.blocks\.(\d+)\."
+# part of a block in the official checkpoint -> here
+PARTS = {
+    "attn_norm": "input_layernorm",
+    "q_proj": "self_attn.q_proj",
+    "k_proj": "self_attn.k_proj",
+    "v_proj": "self_attn.v_proj",
+    "attn_out": "self_attn.o_proj",
+    "ff_norm": "post_attention_layernorm",
+    "ff_proj": "mlp.gate_proj",
+    "up_proj": "mlp.up_proj",
+    "ff_out": "mlp.down_proj",
+}
+ENDS = {"wte": "model.embed_tokens", "ln_f": "model.norm", "ff_out": "lm_head"}
+
+# regular expression over official keys -> key of this module; the outer prefix `model.` may be missing. transformers
+# carries over one captured group a pattern, no more, and turns the patterns round to save in the official layout.
 KEY_MAPPING = {
-    r"^(?:model\.)?transformer\.wte\.": "model.embed_tokens.",
-    r"^(?:model\.)?transformer\.ln_f\.": "model.norm.",
-    r"^(?:model\.)?transformer\.ff_out\.": "lm_head.",
-    _BLOCK + r"attn_norm\.": r"model.layers.\1.input_layernorm.",
-    _BLOCK + r"q_proj\.": r"model.layers.\1.self_attn.q_proj.",
-    _BLOCK + r"k_proj\.": r"model.layers.\1.self_attn.k_proj.",
-    _BLOCK + r"v_proj\.": r"model.layers.\1.self_attn.v_proj.",
-    _BLOCK + r"attn_out\.": r"model.layers.\1.self_attn.o_proj.",
-    _BLOCK + r"ff_norm\.": r"model.layers.\1.post_attention_layernorm.",
-    _BLOCK + r"ff_proj\.": r"model.layers.\1.mlp.gate_proj.",
-    _BLOCK + r"up_proj\.": r"model.layers.\1.mlp.up_proj.",
-    _BLOCK + r"ff_out\.": r"model.layers.\1.mlp.down_proj.",
+    rf"^{prefix}transformer\.{theirs}\.": f"^{ours}."
+    for prefix in ("", r"model\.")
+    for theirs, ours in (
+        *ENDS.items(),
+        *((rf"blocks\.(\d+)\.{part}", rf"model.layers.\1.{here}") for part, here in PARTS.items()),
+    )
 }
 
-# the inverse, for writing a checkpoint in the official layout
-_OFFICIAL_PARTS = {
-    "input_layernorm": "attn_norm",
-    "self_attn.q_proj": "q_proj",
-    "self_attn.k_proj": "k_proj",
-    "self_attn.v_proj": "v_proj",
-    "self_attn.o_proj": "attn_out",
-    "post_attention_layernorm": "ff_norm",
-    "mlp.gate_proj": "ff_proj",
-    "mlp.up_proj": "up_proj",
-    "mlp.down_proj": "ff_out",
-}
-_OFFICIAL_ENDS = {"model.embed_tokens": "wte", "model.norm": "ln_f", "lm_head": "ff_out"}
 
-
-class LLaDAConfig(LlamaConfig):
+class LLaDAConfig(OfficialConfig, LlamaConfig):
     """A `LlamaConfig` whose attention looks both ways (`is_causal` False), with LLaDA's mask token."""
 
     model_type = "llada"
@@ -91,6 +86,11 @@ class LLaDAConfig(LlamaConfig):
     eot_token_id: int | None = None  # ends a turn; the official files know it by number only
     is_causal: bool = False
     use_cache: bool = False
+
+    @classmethod
+    def is_official(cls, config: Mapping[str, Any]) -> bool:
+        """The official name of the width is d_model."""
+        return "hidden_size" not in config
 
     @classmethod
     def from_official(cls, official: dict[str, Any]) -> "LLaDAConfig":
@@ -116,6 +116,7 @@ class LLaDAConfig(LlamaConfig):
         return {"model_type": "llada", "architectures": ["LLaDAModelLM"], **official}
 
 
+@registered
 class LLaDAModelLM(Bidirectional, LlamaForCausalLM):
     """LLaDA with its language-model head. `model(input_ids).logits[b, p]` predicts the token *at* position p.
 
@@ -125,7 +126,7 @@ class LLaDAModelLM(Bidirectional, LlamaForCausalLM):
 
     config_class = LLaDAConfig
     config: LLaDAConfig
-    family = "llada"  # of samplers
+    official_keys = KEY_MAPPING
 
     @classmethod
     def from_dims(
@@ -202,15 +203,16 @@ def _check_dims(width: int, heads: int, kv_heads: int, vocab: int, mask: int) ->
 
 def official_state_dict(model: LLaDAModelLM) -> dict[str, torch.Tensor]:
     """The model's weights under the official checkpoint's keys (contiguous, tied head left out)."""
+    ends, parts = ({ours: theirs for theirs, ours in names.items()} for names in (ENDS, PARTS))
     weights = {}
     for key, tensor in model.state_dict().items():
         if key == "lm_head.weight" and model.config.tie_word_embeddings:
             continue
         module, _, leaf = key.rpartition(".")
-        if module in _OFFICIAL_ENDS:
-            name = _OFFICIAL_ENDS[module]
+        if module in ends:
+            name = ends[module]
         else:
             _, _, number, part = module.split(".", 3)
-            name = f"blocks.{number}.{_OFFICIAL_PARTS[part]}"
+            name = f"blocks.{number}.{parts[part]}"
         weights[f"model.transformer.{name}.{leaf}"] = tensor.contiguous()
     return weights

@@ -6,7 +6,7 @@ level sigma. The published OpenWebText model is not told the noise level, so tha
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any, ClassVar, cast
 
@@ -20,6 +20,7 @@ from skipwise.models.bidirectional import Where, kept
 from skipwise.models.hooks import watched
 from skipwise.models.lean import Places, following, quickly, spread
 from skipwise.models.linear import linear
+from skipwise.models.native import MaskedDiffusion, OfficialConfig, registered
 from skipwise.models.official import check_official
 from skipwise.models.workspace import Workspace
 
@@ -31,7 +32,7 @@ KEY_MAPPING = {r"^backbone\.": ""}
 _KEYS = ("model_length", "vocab_size", "hidden_dim", "cond_dim", "n_blocks", "n_heads", "dropout", "time_conditioning")
 
 
-class MDLMConfig(PreTrainedConfig):
+class MDLMConfig(OfficialConfig, PreTrainedConfig):
     """The official config's own keys. The mask token is the last of the vocabulary."""
 
     model_type = "mdlm"
@@ -54,6 +55,11 @@ class MDLMConfig(PreTrainedConfig):
         if self.mask_token_id is None:
             self.mask_token_id = self.vocab_size - 1
         super().__post_init__(**kwargs)
+
+    @classmethod
+    def is_official(cls, config: Mapping[str, Any]) -> bool:
+        """The official keys are this config's own; only this one also names the mask token."""
+        return "mask_token_id" not in config
 
     @classmethod
     def from_official(cls, official: dict[str, Any]) -> "MDLMConfig":
@@ -211,7 +217,8 @@ def _bare(block: nn.Module) -> bool:
     return type(block) is MDLMBlock and not any(map(watched, block.modules()))
 
 
-class MDLM(PreTrainedModel):
+@registered
+class MDLM(MaskedDiffusion, PreTrainedModel):
     """MDLM with its head. `model(input_ids).logits[b, p]` are raw scores of the token at position p.
 
     input_ids: (batch, length) int64, masked positions hold `config.mask_token_id`; attention_mask: (batch, length),
@@ -223,10 +230,11 @@ class MDLM(PreTrainedModel):
     config: MDLMConfig
     base_model_prefix = ""
     main_input_name = "input_ids"
-    is_masked_diffusion = True
-    takes_cache = True  # past_key_values
-    shift = 0  # how far before a position the state is that predicts it
-    family = "mdlm"  # of samplers
+    family = "mdlm"
+    takes_cache = True
+    predicts_mask = False
+    commits_by_confidence = False
+    official_keys = KEY_MAPPING
     _no_split_modules = {"MDLMBlock"}  # noqa: RUF012 (transformers' own way)
 
     def __init__(self, config: MDLMConfig):
@@ -236,6 +244,11 @@ class MDLM(PreTrainedModel):
         self.blocks = nn.ModuleList(MDLMBlock(config) for _ in range(config.n_blocks))
         self.output_layer = _OutputLayer(config)
         self.post_init()
+
+    @property
+    def takes_sigma(self) -> bool:
+        """Whether the config asks for time conditioning."""
+        return self.config.time_conditioning
 
     def _init_weights(self, module: nn.Module) -> None:
         """Modulations and the head begin at zero, so that every block begins as the identity (DiT)."""
