@@ -4,7 +4,15 @@ Never remote code, never pickle. Every key of a checkpoint is used and every par
 did not fit.
 """
 
-from skipwise.loading.checks import check_keys, check_weights, quiet, readable_errors
+from skipwise.loading.checks import (
+    check_keys,
+    check_no_single_file,
+    check_not_quantised,
+    check_weights,
+    quantisation,
+    quiet,
+    readable_errors,
+)
 from skipwise.loading.classes import DTYPES, NATIVE, build_skeleton
 from skipwise.loading.devices import dtype_name, read_device, read_dtype
 from skipwise.loading.load import load, load_random, load_skeleton
@@ -16,6 +24,8 @@ __all__ = [
     "Source",
     "build_skeleton",
     "check_keys",
+    "check_no_single_file",
+    "check_not_quantised",
     "check_weights",
     "dtype_name",
     "embedded_names",
@@ -24,6 +34,7 @@ __all__ = [
     "load_random",
     "load_skeleton",
     "pipeline_folder",
+    "quantisation",
     "quiet",
     "read_device",
     "read_dtype",
