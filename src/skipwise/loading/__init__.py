@@ -6,8 +6,7 @@ did not fit.
 
 from skipwise.loading.checks import (
     check_keys,
-    check_no_single_file,
-    check_not_quantised,
+    check_plain,
     check_weights,
     quantisation,
     quiet,
@@ -24,8 +23,7 @@ __all__ = [
     "Source",
     "build_skeleton",
     "check_keys",
-    "check_no_single_file",
-    "check_not_quantised",
+    "check_plain",
     "check_weights",
     "dtype_name",
     "embedded_names",

@@ -12,7 +12,8 @@ from torch import nn
 from transformers.utils import logging as transformers_logging
 
 from skipwise.errors import UserError
-from skipwise.loading.source import Source
+from skipwise.loading.source import Source, find
+from skipwise.presets import names as preset_names
 
 # model.fp16.safetensors, diffusion_pytorch_model.fp16-00001-of-00002.safetensors, model-00001-of-00002.fp16.safetensors
 VARIANT = re.compile(r"\.([A-Za-z]\w*)(?:-\d+-of-\d+)?\.safetensors$")
@@ -63,23 +64,22 @@ def check_requantised(config: Mapping[str, Any], name: str, given: dict[str, Any
     return given
 
 
-def check_not_quantised(config: Mapping[str, Any], name: str, what: str) -> None:
-    """Raise UserError when the weights that belong to this config.json are quantised. what: is not done with such."""
-    method = quantisation(config)
+def check_plain(name: str, what: str) -> None:
+    """Raise UserError when the weights of this name are quantised, or one file without the rest of its pipeline.
+
+    name: as `load` takes it; its config alone is looked at. what: the work that cannot be done with such.
+    """
+    path = Path(name).expanduser()
+    if path.suffix in (".gguf", ".safetensors") and path.is_file():
+        raise UserError(
+            f"{name} is one file of weights, and {what} needs text encoders and autoencoder beside them; give the "
+            "folder of the whole diffusers pipeline, or its hub id."
+        )
+    method = None if name in preset_names() else quantisation(find(name, weights=False).config)
     if method:
         raise UserError(
             f"{name} is quantised ({method}), and {what} a quantised model is not supported; give the original "
             "checkpoint in bfloat16 or float32."
-        )
-
-
-def check_no_single_file(name: str, what: str) -> None:
-    """Raise UserError when the name is that of one file of weights. what: needs more than that."""
-    path = Path(name).expanduser()
-    if path.suffix in (".gguf", ".safetensors") and path.is_file():
-        raise UserError(
-            f"{name} is one file of a transformer's weights, and {what} needs text encoders and autoencoder beside it; "
-            "give the folder of the whole diffusers pipeline, or its hub id."
         )
 
 

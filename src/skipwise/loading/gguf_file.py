@@ -102,8 +102,8 @@ def _check_blocks(file: GGUF) -> None:
     odd = min(numbers.symmetric_difference(range(int(count))))
     what = "lacks" if odd not in numbers else "has"
     raise UserError(
-        f"{file.source.name} says that it has {count} blocks ({file.architecture}.block_count), but {what} the tensors of "
-        f"block {odd} (blk.{odd}.*); download it again, or convert it anew."
+        f"{file.source.name} says that it has {count} blocks ({file.architecture}.block_count), but {what} the "
+        f"tensors of block {odd} (blk.{odd}.*); download it again, or convert it anew."
     )
 
 
@@ -111,8 +111,8 @@ def _check_facts(file: GGUF, config: Any) -> None:
     """Facts that change what the model computes, and that transformers does not read."""
     for name, said, built in _unread(file, config):
         raise UserError(
-            f"{file.source.name} has {name}={said}, which transformers does not read (it builds {built}): the model would "
-            "be another one; load the original folder of safetensors."
+            f"{file.source.name} has {name}={said}, which transformers does not read (it builds {built}): the model "
+            "would be another one; load the original folder of safetensors."
         )
 
 
@@ -137,8 +137,8 @@ def _check_elements(file: GGUF, model: nn.Module) -> None:
     found = file.elements - sum(torch.Size(shape).numel() for shape in unread.values())
     if found != held:
         raise UserError(
-            f"{file.source.name} holds {found:,} numbers, of which the {type(model).__name__} that transformers makes of "
-            f"it takes {held:,}: some tensors were not read; load the original folder of safetensors."
+            f"{file.source.name} holds {found:,} numbers, of which the {type(model).__name__} that transformers "
+            f"makes of it takes {held:,}: some tensors were not read; load the original folder of safetensors."
         )
 
 

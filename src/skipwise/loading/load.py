@@ -118,6 +118,8 @@ def _load_folder(source: Source, dtype: torch.dtype | None, given: dict[str, Any
     config = source.config
     model_class, settings = recipe(config, source.name)
     diffusers = "_class_name" in config
+    if "config" in settings and "quantization_config" in config:  # of a native class
+        settings["config"].quantization_config = config["quantization_config"]
     check_weights(source)
     given = {"variant": only_variant(source)} | check_requantised(config, source.name, given)
     settings |= {"torch_dtype": dtype} if diffusers else {"dtype": dtype or "auto", "trust_remote_code": False}

@@ -5,10 +5,14 @@ file that does not fit the config is refused before any weight is read. The conf
 in a pipeline's folder above, otherwise the one that diffusers takes for such a file, from the hub or its cache.
 """
 
+import json
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub import hf_hub_download
+from huggingface_hub.errors import HfHubHTTPError
 from safetensors import safe_open
 from torch import Tensor, nn
 
@@ -49,7 +53,6 @@ def single_file_config(source: Source) -> dict[str, Any]:
     """The config.json of the transformer in the file."""
     require("diffusers", "image")
     from diffusers.loaders.single_file_utils import fetch_diffusers_config, infer_diffusers_model_type
-    from diffusers.models.modeling_utils import ModelMixin
 
     shapes = _shapes(source)
     if (source.folder / "config.json").exists():
@@ -62,14 +65,14 @@ def single_file_config(source: Source) -> dict[str, Any]:
             raise LookupError("its tensors are of no architecture that diffusers knows as one file")
         place = fetch_diffusers_config(shapes)
         folder = place.get("subfolder", "transformer")
-        config, *_ = ModelMixin.load_config(place["pretrained_model_name_or_path"], subfolder=folder)
-    except (LookupError, AttributeError, TypeError, OSError, ValueError) as error:
+        path = hf_hub_download(place["pretrained_model_name_or_path"], f"{folder}/config.json")
+    except (LookupError, AttributeError, TypeError, OSError, ValueError, HfHubHTTPError) as error:
         reason = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
         raise UserError(
-            f"{source.name} is one file of weights without a config ({reason}); put the transformer's config.json of its "
-            "diffusers pipeline beside it, or give the folder of the pipeline."
+            f"{source.name} is one file of weights without a config ({reason}); put the transformer's config.json of "
+            "its diffusers pipeline beside it, or give the folder of the pipeline."
         ) from error
-    return dict(config)
+    return json.loads(Path(path).read_text(encoding="utf-8"))
 
 
 def _shapes(source: Source) -> dict[str, Tensor]:
