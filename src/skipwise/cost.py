@@ -3,7 +3,8 @@
 FLOPs follow from formulas, evaluated on the shapes of one forward: a matrix product of (rows, inner) by (inner,
 columns) costs 2 * rows * inner * columns; attention 2 * queries * keys * (key width + value width) for every head and
 example, masked or not; a convolution 2 * outputs * inputs per output. Everything else is not counted, as in the papers
-and in torch's own counter, against which the tests hold this one.
+and in torch's own counter, against which the tests hold this one. A quantised layer costs the FLOPs of the plain one,
+and the bytes that are stored.
 """
 
 import copy
@@ -22,6 +23,7 @@ from skipwise.errors import unknown
 from skipwise.examples import Size, example_inputs, on_meta, shapes_only
 from skipwise.models import head_of
 from skipwise.plan import Phase, Plan
+from skipwise.quantised import Stored, by_shape, is_quantised
 from skipwise.skipping import whole
 
 
@@ -30,7 +32,7 @@ class Price:
     """What a part of a model costs in one forward.
 
     flops: all counted FLOPs, of which attention_flops are score and value products (they grow with length squared);
-    weight_bytes: parameters, in their dtype; activation_bytes: what its matrix products and attentions write.
+    weight_bytes: parameters, as they are stored; activation_bytes: what its matrix products and attentions write.
     """
 
     flops: int = 0
@@ -265,8 +267,11 @@ def _watching(model: nn.Module, contract: Contract, streams: dict[str, Tensor]) 
 
 def _on_meta(model: nn.Module) -> nn.Module:
     """A throw-away twin without data. Models keep tables of what they computed, which must not learn meta tensors."""
-    memo: dict[int, Any] = {id(b): b.to("meta") for b in model.buffers()}
-    memo |= {id(p): nn.Parameter(p.detach().to("meta"), p.requires_grad) for p in model.parameters()}
+    memo: dict[int, Any] = {id(m): by_shape(m) for m in model.modules() if is_quantised(m)}
+    here = [m for m in model.modules() if id(m) not in memo]
+    memo |= {id(b): b.to("meta") for m in here for b in m.buffers(recurse=False)}
+    for parameter in (p for m in here for p in m.parameters(recurse=False)):
+        memo.setdefault(id(parameter), nn.Parameter(parameter.detach().to("meta"), parameter.requires_grad))
     return copy.deepcopy(model, memo).eval()
 
 
@@ -288,12 +293,13 @@ def _add_weights(meter: "Meter", model: nn.Module, owners: Mapping[nn.Module, tu
     """Charge every parameter once: to the first block that holds it, or to the head, or to the outside."""
     seen: set[int] = set()
 
-    def charge(module: nn.Module, owner: tuple[str, int] | None) -> None:
-        for parameter in module.parameters():
-            if id(parameter) not in seen:
-                seen.add(id(parameter))
-                price = meter.prices.setdefault(owner, Price())
-                price.weight_bytes += parameter.numel() * parameter.element_size()
+    def charge(whole: nn.Module, owner: tuple[str, int] | None) -> None:
+        for module in whole.modules():
+            new = [p for p in module.parameters(recurse=False) if id(p) not in seen]
+            seen.update(map(id, new))
+            if new:
+                size = module.stored if isinstance(module, Stored) else sum(p.numel() * p.element_size() for p in new)
+                meter.prices.setdefault(owner, Price()).weight_bytes += size
 
     for block, owner in owners.items():
         charge(block, owner)

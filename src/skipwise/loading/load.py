@@ -27,6 +27,7 @@ from skipwise.loading.tokenizers import load_tokenizer
 from skipwise.models.random import random_model
 from skipwise.presets import names as preset_names
 from skipwise.presets import read as read_preset
+from skipwise.quantised import as_stored
 
 
 def load(
@@ -64,7 +65,8 @@ def load(
 def load_skeleton(name: str, *, dtype: Dtype = None, revision: str | None = None) -> nn.Module:
     """The model without weights, on the meta device, from a preset or from the config.json of what `load` takes.
 
-    dtype: what its parameters would be held in, by default float32. Raises UserError as `load` does.
+    dtype: what its parameters would be held in, by default float32; linear layers of a quantised checkpoint are priced
+    as they are stored (see `skipwise.quantised`). Raises UserError as `load` does.
     """
     chosen = read_dtype(dtype)
     skeleton = _skeleton(name, revision)
@@ -92,7 +94,8 @@ def _skeleton(name: str, revision: str | None) -> nn.Module:
             return gguf_skeleton(source)
         if source.gguf or source.single:
             return single_file_skeleton(source)
-        return build_skeleton(source.config, name)
+        skeleton, quantised = build_skeleton(source.config, name), source.config.get("quantization_config")
+        return as_stored(skeleton, quantised) if quantised else skeleton
 
 
 def _device_map(wanted: Any, place: torch.device | None) -> Any:

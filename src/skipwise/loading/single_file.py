@@ -21,6 +21,7 @@ from skipwise.loading.checks import check_keys
 from skipwise.loading.classes import build_skeleton
 from skipwise.loading.gguf_file import GGUF, path_of
 from skipwise.loading.source import Source
+from skipwise.quantised import packed
 
 PREFIX = "model.diffusion_model."  # of the transformer's keys, in files that hold other parts too
 
@@ -46,7 +47,11 @@ def load_single_file(source: Source, dtype: torch.dtype | None, given: Mapping[s
 
 def single_file_skeleton(source: Source) -> nn.Module:
     """The transformer that the file holds, on the meta device, checked as `load_single_file` does."""
-    return _checked(source, single_file_config(source))
+    skeleton = _checked(source, single_file_config(source))
+    if source.gguf:
+        matrices = [t for t in GGUF.open(source).reader.tensors if len(t.shape) > 1]
+        return packed(skeleton, sum(int(t.n_bytes) for t in matrices) / sum(int(t.n_elements) for t in matrices))
+    return skeleton
 
 
 def single_file_config(source: Source) -> dict[str, Any]:
