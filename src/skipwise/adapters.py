@@ -23,6 +23,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from skipwise.errors import UserError, require
+from skipwise.quantised import meta_twin
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 _NAME = "default"  # peft's own name for the only adapter of a model
@@ -298,14 +299,7 @@ def _load(shadow: nn.Module, config: Any, folder: Path, hollow: bool) -> Any:
 
 def _shadow(model: nn.Module, weights: dict[str, Tensor]) -> nn.Module:
     """A copy of the model on the meta device, but for these tensors. It shares nothing that can be written with it."""
-    memo: dict[int, Any] = {}
-    for module in model.modules():
-        for hook in ("_hf_hook", "_diffusers_hook"):  # may hold all weights of an offloaded model
-            if hasattr(module, hook):
-                memo[id(getattr(module, hook))] = getattr(module, hook)
-    memo |= {id(b): torch.empty_like(b, device="meta") for b in model.buffers()}
-    memo |= {id(p): nn.Parameter(torch.empty_like(p, device="meta"), False) for p in model.parameters()}
-    shadow = copy.deepcopy(model, memo)
+    shadow = meta_twin(model, by_shape=False).requires_grad_(False)
     shadow.__dict__.pop("hf_device_map", None)  # peft would offload it
     for name, tensor in weights.items():
         path, _, attribute = name.rpartition(".")

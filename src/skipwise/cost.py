@@ -7,7 +7,6 @@ and in torch's own counter, against which the tests hold this one. A quantised l
 and the bytes that are stored.
 """
 
-import copy
 import math
 from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
@@ -23,7 +22,7 @@ from skipwise.errors import unknown
 from skipwise.examples import Size, example_inputs, on_meta, shapes_only
 from skipwise.models import head_of
 from skipwise.plan import Phase, Plan
-from skipwise.quantised import Stored, by_shape, is_quantised
+from skipwise.quantised import Stored, bytes_of, meta_twin
 from skipwise.skipping import whole
 
 
@@ -214,7 +213,7 @@ def price_blocks(
 
 
 def _price(model: nn.Module, size: Size, contract: Contract, example: Mapping[str, Any] | None) -> Prices:
-    twin = _on_meta(model)
+    twin = meta_twin(model).eval()
     owners = {
         block: (name, i)
         for name, stack in contract.stacks.items()
@@ -265,16 +264,6 @@ def _watching(model: nn.Module, contract: Contract, streams: dict[str, Tensor]) 
             handle.remove()
 
 
-def _on_meta(model: nn.Module) -> nn.Module:
-    """A throw-away twin without data. Models keep tables of what they computed, which must not learn meta tensors."""
-    memo: dict[int, Any] = {id(m): by_shape(m) for m in model.modules() if is_quantised(m)}
-    here = [m for m in model.modules() if id(m) not in memo]
-    memo |= {id(b): b.to("meta") for m in here for b in m.buffers(recurse=False)}
-    for parameter in (p for m in here for p in m.parameters(recurse=False)):
-        memo.setdefault(id(parameter), nn.Parameter(parameter.detach().to("meta"), parameter.requires_grad))
-    return copy.deepcopy(model, memo).eval()
-
-
 @contextmanager
 def _attributing(meter: "Meter", owners: Mapping[nn.Module, tuple[str, int]]) -> Iterator[None]:
     """Charge what runs inside a block to that block."""
@@ -298,7 +287,8 @@ def _add_weights(meter: "Meter", model: nn.Module, owners: Mapping[nn.Module, tu
             new = [p for p in module.parameters(recurse=False) if id(p) not in seen]
             seen.update(map(id, new))
             if new:
-                size = module.stored if isinstance(module, Stored) else sum(p.numel() * p.element_size() for p in new)
+                packed = isinstance(module, Stored)
+                size = sum(module.stored if packed and p is module.weight else bytes_of(p) for p in new)
                 meter.prices.setdefault(owner, Price()).weight_bytes += size
 
     for block, owner in owners.items():

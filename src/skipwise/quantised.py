@@ -4,6 +4,7 @@ Of a loaded model the bytes are those of its tensors: packed weights, scales, ze
 the config of a quantised checkpoint, they follow from the method's own layout (`LAYOUTS`).
 """
 
+import copy
 from collections.abc import Callable, Iterable, Mapping
 from math import ceil
 from typing import Any
@@ -14,11 +15,13 @@ from torch.nn import functional
 
 from skipwise.errors import UserError
 
+HOOKS = ("_hf_hook", "_diffusers_hook")  # of accelerate and of diffusers, which may hold all weights of a model
+
 
 class Stored(nn.Linear):
     """A linear layer by its shape, on the meta device, that says what its quantised weight takes.
 
-    stored: bytes, the bias included. Takes inputs of every dtype, and returns theirs.
+    stored: bytes, without the bias. Takes inputs of every dtype, and returns theirs.
     """
 
     stored: int
@@ -29,30 +32,72 @@ class Stored(nn.Linear):
         return functional.linear(input, self.weight.to(input.dtype), bias)
 
 
-def is_quantised(module: nn.Module) -> bool:
-    """Whether a layer holds weights of its own that are packed or scaled, by whichever library."""
-    own = [*module._parameters.values(), *module._buffers.values()]
-    packed = any(t is not None and t.dtype in (torch.int8, torch.uint8, torch.int32) and t.ndim > 1 for t in own)
-    odd = any(p is not None and type(p) is not nn.Parameter for p in module._parameters.values())
-    return (packed or odd) and hasattr(module, "in_features")
+def meta_twin(model: nn.Module, by_shape: bool = True) -> nn.Module:
+    """A copy of the model on the meta device, without data and without the hooks of accelerate and diffusers.
 
-
-def by_shape(module: Any) -> Stored:
-    """A quantised layer's shape and bytes, without its weight."""
-    bias = getattr(module, "bias", None) is not None
-    twin = Stored(int(module.in_features), int(module.out_features), bias=bias, device="meta")
-    # bitsandbytes saves the shape and the like as one more tensor, which is not in memory as such
-    twin.stored = sum(_bytes(t) for key, t in module.state_dict().items() if ".quant_state." not in key)
+    It shares nothing that can be written with the model, whose tables of what it computed must not learn meta tensors.
+    by_shape: quantised layers become `Stored` ones, which run without their library.
+    """
+    memo: dict[int, Any] = {}
+    hooked = [(i, hook) for i, m in enumerate(model.modules()) for hook in HOOKS if hook in m.__dict__]
+    memo |= {id(m.__dict__[hook]): m.__dict__[hook] for m in model.modules() for hook in HOOKS if hook in m.__dict__}
+    dtype = _computed_in(model)
+    for module in model.modules():
+        if by_shape and is_quantised(module):
+            memo[id(module)] = _stored(module, dtype)
+            continue
+        memo |= {id(b): b.to("meta") for b in module.buffers(recurse=False)}
+        for parameter in module.parameters(recurse=False):
+            memo.setdefault(id(parameter), _hollow(parameter, dtype))
+    twin = copy.deepcopy(model, memo)
+    modules = list(twin.modules())
+    for number, hook in hooked:
+        for name in (hook, "forward", "_old_forward"):  # a hook stands before the class' own forward
+            modules[number].__dict__.pop(name, None)
     return twin
 
 
-def _bytes(tensor: Any) -> int:
-    """Of a tensor, which may be made of several."""
-    if not isinstance(tensor, Tensor):
-        return 0
+def bytes_of(tensor: Tensor) -> int:
+    """Of a tensor, which may be made of several, or be a twin's."""
+    if hasattr(tensor, "stored"):
+        return tensor.stored
     if hasattr(tensor, "__tensor_flatten__"):
-        return sum(_bytes(getattr(tensor, name)) for name in tensor.__tensor_flatten__()[0])
+        return sum(bytes_of(getattr(tensor, name)) for name in tensor.__tensor_flatten__()[0])
     return tensor.numel() * tensor.element_size()
+
+
+def is_quantised(module: nn.Module) -> bool:
+    """Whether a layer holds weights of its own that are packed or scaled, by whichever library."""
+    own = [t for t in (*module._parameters.values(), *module._buffers.values()) if t is not None]
+    packed = any(t.element_size() == 1 or t.dtype == torch.int32 for t in own if t.ndim > 1)
+    odd = any(type(p) is not nn.Parameter for p in module._parameters.values() if p is not None)
+    return (packed or odd) and hasattr(module, "in_features") and hasattr(module, "out_features")
+
+
+def _stored(module: Any, dtype: torch.dtype) -> Stored:
+    bias = getattr(module, "bias", None)
+    twin = Stored(int(module.in_features), int(module.out_features), bias is not None, device="meta", dtype=dtype)
+    if bias is not None:
+        twin.bias = _hollow(nn.Parameter(bias, False), dtype)
+    # bitsandbytes saves the shape and the like as one more tensor, which is not in memory as such
+    state = {key: value for key, value in module.state_dict().items() if ".quant_state." not in key and key != "bias"}
+    twin.stored = sum(bytes_of(value) for value in state.values() if isinstance(value, Tensor))
+    return twin
+
+
+def _hollow(parameter: nn.Parameter, dtype: torch.dtype) -> nn.Parameter:
+    """On the meta device; one that is stored in a byte an element takes part in the dtype of the others."""
+    small = parameter.is_floating_point() and parameter.element_size() == 1
+    empty = torch.empty(parameter.shape, dtype=dtype if small else parameter.dtype, device="meta")
+    twin = nn.Parameter(empty, parameter.requires_grad)
+    twin.stored = bytes_of(parameter)  # type: ignore[attr-defined]
+    return twin
+
+
+def _computed_in(model: Any) -> torch.dtype:
+    said = getattr(model, "dtype", None)
+    usable = [said, *(p.dtype for p in model.parameters())]
+    return next((d for d in usable if d is not None and d.is_floating_point and d.itemsize > 1), torch.float32)
 
 
 # (outputs, inputs, the checkpoint's quantization_config) -> bytes of a layer's weight
@@ -122,9 +167,8 @@ def as_stored(skeleton: nn.Module, config: Mapping[str, Any]) -> nn.Module:
     kept = _kept(skeleton, config)
     for name, module in skeleton.named_modules():
         if type(module) is nn.Linear and not kept(name):
-            bias = 0 if module.bias is None else module.bias.numel() * module.bias.element_size()
             module.__class__ = Stored
-            module.stored = LAYOUTS[method](module.out_features, module.in_features, config) + bias
+            module.stored = LAYOUTS[method](module.out_features, module.in_features, config)
     return skeleton
 
 
@@ -133,7 +177,7 @@ def packed(skeleton: nn.Module, bytes_an_element: float) -> nn.Module:
     for module in skeleton.modules():
         if type(module) is nn.Linear:
             module.__class__ = Stored
-            module.stored = round(sum(p.numel() for p in module.parameters()) * bytes_an_element)
+            module.stored = round(module.weight.numel() * bytes_an_element)
     return skeleton
 
 
