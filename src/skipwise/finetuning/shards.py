@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from skipwise.blocks import Contract, find_contract
 from skipwise.errors import UserError, require, unknown
-from skipwise.loading import DTYPES, Source, build_skeleton, check_weights, find, readable_errors
+from skipwise.loading import DTYPES, Source, build_skeleton, check_plain, check_weights, find, readable_errors
 
 SAMPLE = 4096  # bytes: of each tensor its first, middle and last are hashed
 NAMES = ("diffusion_pytorch_model.safetensors", "model.safetensors")
@@ -140,9 +140,8 @@ class Shards(Weights):
         """
         if dtype is not None and dtype not in DTYPES:
             raise unknown("dtype", dtype, DTYPES)
+        check_plain(str(name), "fine-tuning")
         source = find(str(name), revision)
-        if source.gguf:
-            raise UserError(f"{name} is a GGUF file; blocks are read one by one from a folder of safetensors only.")
         check_weights(source)
         entries = {key: entry for path in _files(source) for key, entry in read_header(path).items()}
         return cls(source, entries, DTYPES[dtype] if dtype else _main_dtype(entries.values()))

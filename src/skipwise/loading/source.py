@@ -24,11 +24,15 @@ TOKENIZER_PATTERNS = ["*.json", "*.txt", "*.model", "*.jinja"]
 
 @dataclass(frozen=True)
 class Source:
-    """Where a model is: a folder with a config.json, or one GGUF file in a folder."""
+    """Where a model is: a folder with a config.json, or one file in a folder.
+
+    gguf: the name of a GGUF file; single: of a .safetensors file that holds a diffusers transformer alone.
+    """
 
     name: str
     folder: Path
     gguf: str | None = None
+    single: str | None = None
 
     @property
     def config(self) -> dict[str, Any]:
@@ -82,6 +86,8 @@ def _find(name: str, revision: str | None, patterns: list[str]) -> Source:
             raise UserError(f"There is no file {name}.")
         require("gguf", "gguf")
         return Source(name, path.parent, path.name)
+    if path.suffix == ".safetensors" and path.is_file():
+        return Source(name, path.parent, single=path.name)
     if path.is_dir():
         return Source(name, _denoiser(path))
     return _from_hub(name, revision, patterns)

@@ -15,6 +15,7 @@ from transformers.models.auto.tokenization_auto import tokenizer_class_from_name
 
 from skipwise.errors import UserError
 from skipwise.loading.checks import quiet, readable_errors
+from skipwise.loading.gguf_file import GGUF
 from skipwise.loading.source import Source, find_tokenizer
 
 # A folder that has one of these has a tokenizer; those of VOCABULARIES hold its tokens.
@@ -46,7 +47,7 @@ def load_tokenizer(source: Source | None, named: Any = None) -> Any:
         raise UserError(f"{found.name}: its tokenizer cannot be read: {' '.join(str(error).split())}.") from error
     if tokenizer is None and named is not None:
         raise UserError(f"{named} holds no tokenizer (none of {', '.join(FILES)}); give the folder of one.")
-    if tokenizer is not None and source is not None and not source.gguf:
+    if tokenizer is not None and source is not None and not (source.gguf or source.single):
         _name_mask(tokenizer, source.config.get("mask_token_id"))
     return tokenizer
 
@@ -102,6 +103,8 @@ def chat_prompts(tokenizer: Any, prompts: Sequence[str], system: str | None = No
 def _read(source: Source) -> Any:
     """The tokenizer whose files are there; None where there are none."""
     settings: dict[str, Any] = {"padding_side": "left"}
+    if source.single or (source.gguf and not GGUF.open(source).is_language_model):
+        return None
     if source.gguf:
         return transformers.AutoTokenizer.from_pretrained(source.folder, gguf_file=source.gguf, **settings)
     if not any((source.folder / name).exists() for name in FILES):

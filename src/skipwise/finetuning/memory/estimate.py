@@ -36,7 +36,7 @@ from skipwise.finetuning.peak import Bytes, compose
 from skipwise.finetuning.precision import lora_dtype
 from skipwise.finetuning.runs import Run, Train, everything
 from skipwise.finetuning.settings import FinetuneSettings
-from skipwise.loading import DTYPES, load_skeleton
+from skipwise.loading import DTYPES, check_plain, load_skeleton
 
 # bitsandbytes' 8-bit optimisers: two states of a byte an element, a float32 for each block of elements and state;
 # tensors of fewer elements keep float32 states
@@ -105,6 +105,8 @@ class Estimator:
 
     def __init__(self, model: str | nn.Module):
         self.name = model if isinstance(model, str) else type(model).__name__
+        if isinstance(model, str):
+            check_plain(model, "fine-tuning")
         self.model = load_skeleton(model) if isinstance(model, str) else _skeleton_of(model)
         self._stage = Stage(self.model, self.size)
         self._courses: dict[Any, Course] = {}
