@@ -398,7 +398,7 @@ def test_the_whole_model_is_what_transforms_see(tmp_path: Path, monkeypatch: pyt
         assert torch.equal(model.get_parameter(name), tensor)
         return tensor * 2 if name == "model.layers.2.mlp.up_proj.weight" else tensor
 
-    monkeypatch.setattr(bake, "_merging", lambda adapter: doubled)
+    monkeypatch.setattr(bake, "_merging", lambda *_: doubled)
     exported, _ = sw.load(str(sw.export(plan, source, tmp_path / "target")))
     assert set(seen) == {name for name, _ in model.named_parameters() if ".layers.1." not in name}
     changed = exported.model.layers[1].mlp.up_proj.weight

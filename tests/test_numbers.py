@@ -146,7 +146,6 @@ def test_deepstack_features_of_a_vision_tower() -> None:
         ("FluxTransformer2DModel", "single_transformer_blocks", False, "controlnet_single_block_samples"),
         ("ZImageTransformer2DModel", "layers", False, "controlnet_block_samples"),
         ("LTX2VideoTransformer3DModel", "transformer_blocks", False, "spatio_temporal_guidance_blocks"),
-        ("WanVACETransformer3DModel", "blocks", True, None),
         ("WanTransformer3DModel", "blocks", False, None),
     ],
 )
@@ -156,6 +155,23 @@ def test_what_a_forward_does_with_its_count(name: str, attribute: str, always: b
     found = find_numbering(owner, attribute, ())
     assert found.always == always
     assert (argument in found.arguments) if argument else not found.arguments
+
+
+@pytest.mark.parametrize(("layers", "always"), [([0, 2], True), ([], False), ([9], False), (None, False)])
+def test_numbers_that_the_owner_names(layers: list[int] | None, always: bool) -> None:
+    class Owner(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.blocks, self.named = nn.ModuleList(nn.Linear(2, 2) for _ in range(4)), layers
+
+        def forward(self, x: Tensor) -> Tensor:
+            for number, block in enumerate(self.blocks):
+                if number in self.named:
+                    x = x + 1
+                x = block(x)
+            return x
+
+    assert find_numbering(Owner(), "blocks", ()).always == always
 
 
 def test_an_adapter_that_is_loaded_while_a_plan_is_in_force() -> None:

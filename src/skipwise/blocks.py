@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from skipwise.errors import UserError
 from skipwise.examples import example_inputs, on_meta, run_example, shapes_only
 from skipwise.numbering import find_numbering
+from skipwise.per_layer import computed_lists, names_of_layers
 from skipwise.plan import ModelShape
 from skipwise.twins import twin
 from skipwise.wrapping import class_of, unwrap
@@ -279,10 +280,13 @@ def _describe(model: nn.Module, name: str, trace: Trace) -> Stack:
     calls, blocks = trace.calls, module_list(model, name)
     result = calls[0].result
     streams = _links(calls[0], calls[1])
-    keys = [(config, key) for config in layer_configs(model, name) for key in layer_list_names(config, len(calls))]
-    per_layer = [getattr(config, key) for config, key in keys]
+    configs = layer_configs(model, name)
+    per_layer = [getattr(config, key) for config in configs for key in layer_list_names(config, len(calls))]
+    if not per_layer:
+        per_layer = [values for config in configs for values in computed_lists(config, len(calls)).values()]
     owner, _, attribute = name.rpartition(".")
-    numbering = find_numbering(model.get_submodule(owner), attribute, {key for _, key in keys})
+    cut = {key for config in configs for key in names_of_layers(config, len(calls))}
+    numbering = find_numbering(model.get_submodule(owner), attribute, cut)
     minds = trace.used_outside or _minds_numbers(calls, {stream.argument for stream in streams}, per_layer)
     return Stack(
         name=name,

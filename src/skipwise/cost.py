@@ -3,7 +3,8 @@
 FLOPs follow from formulas, evaluated on the shapes of one forward: a matrix product of (rows, inner) by (inner,
 columns) costs 2 * rows * inner * columns; attention 2 * queries * keys * (key width + value width) for every head and
 example, masked or not; a convolution 2 * outputs * inputs per output. Everything else is not counted, as in the papers
-and in torch's own counter, against which the tests hold this one.
+and in torch's own counter, against which the tests hold this one. A quantised layer costs the FLOPs of the plain one,
+and the bytes that are stored.
 """
 
 import math
@@ -21,6 +22,7 @@ from skipwise.errors import unknown
 from skipwise.examples import Size, example_inputs, on_meta, run_example, shapes_only
 from skipwise.models import head_of
 from skipwise.plan import Phase, Plan
+from skipwise.quantised import Stored, bytes_of
 from skipwise.skipping import whole
 from skipwise.twins import meta_twin
 from skipwise.wrapping import unwrap
@@ -31,7 +33,7 @@ class Price:
     """What a part of a model costs in one forward.
 
     flops: all counted FLOPs, of which attention_flops are score and value products (they grow with length squared);
-    weight_bytes: parameters, in their dtype; activation_bytes: what its matrix products and attentions write.
+    weight_bytes: parameters, as they are stored; activation_bytes: what its matrix products and attentions write.
     """
 
     flops: int = 0
@@ -282,12 +284,14 @@ def _add_weights(meter: "Meter", model: nn.Module, owners: Mapping[nn.Module, tu
     """Charge every parameter once: to the first block that holds it, or to the head, or to the outside."""
     seen: set[int] = set()
 
-    def charge(module: nn.Module, owner: tuple[str, int] | None) -> None:
-        for parameter in module.parameters():
-            if id(parameter) not in seen:
-                seen.add(id(parameter))
-                price = meter.prices.setdefault(owner, Price())
-                price.weight_bytes += parameter.numel() * parameter.element_size()
+    def charge(whole: nn.Module, owner: tuple[str, int] | None) -> None:
+        for module in whole.modules():
+            new = [p for p in module.parameters(recurse=False) if id(p) not in seen]
+            seen.update(map(id, new))
+            if new:
+                packed = isinstance(module, Stored)
+                size = sum(module.stored if packed and p is module.weight else bytes_of(p) for p in new)
+                meter.prices.setdefault(owner, Price()).weight_bytes += size
 
     for block, owner in owners.items():
         charge(block, owner)

@@ -62,7 +62,7 @@ class KeptPlaces:
                     f"{argument} names blocks by number, and {reason}; call without it, or leave the plan first."
                 )
         whole = every_block(self.blocks)
-        instead = {number: PassThrough(whole[number], self.stack) for number in self.skipped}
+        instead = {number: PassThrough(whole[number], self.stack, in_cache=False) for number in self.skipped}
         return keep(self.blocks, range(len(whole)), instead)
 
 

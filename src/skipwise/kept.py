@@ -17,6 +17,7 @@ from skipwise.errors import UserError
 from skipwise.wrapping import class_of
 
 Undo = Callable[[], None]
+KEPT_STATE = ("_running", "_instead")  # what a list remembers for as long as it keeps blocks out
 
 
 class KeptBlocks:
@@ -68,7 +69,7 @@ def _kept_class(cls: type) -> type:
 
 def keep(blocks: nn.ModuleList, running: Sequence[int], instead: Mapping[int, nn.Module]) -> Undo:
     """Let only the blocks `running` of the list run, in that order; some of them replaced. Returns what undoes it."""
-    before = type(blocks), {name: blocks.__dict__.get(name) for name in ("_running", "_instead")}
+    before = type(blocks), {name: blocks.__dict__.get(name) for name in KEPT_STATE}
     if not isinstance(blocks, KeptBlocks):
         blocks.__class__ = _kept_class(type(blocks))  # type: ignore[arg-type]
     blocks.__dict__["_running"] = tuple(map(str, running))
@@ -90,15 +91,38 @@ def every_block(blocks: nn.ModuleList) -> list[nn.Module]:
     return list(blocks._modules.values())
 
 
+def running_modules(module: nn.Module, name: str = "") -> Iterator[tuple[str, nn.Module]]:
+    """(dotted path, module) of all that runs, blocks numbered as they run; each once, as `named_modules` gives them."""
+    seen: set[nn.Module] = set()
+
+    def visit(module: nn.Module, name: str) -> Iterator[tuple[str, nn.Module]]:
+        if module in seen:
+            return
+        seen.add(module)
+        yield name, module
+        for key, child in _children(module):
+            yield from visit(child, f"{name}.{key}" if name else key)
+
+    return visit(module, name)
+
+
+def _children(module: Any) -> Iterator[tuple[str, nn.Module]]:
+    if isinstance(module, KeptBlocks):
+        return ((str(number), block) for number, block in enumerate(module))
+    return module.named_children()
+
+
 class PassThrough(nn.Module):
     """Stands where a block stood and returns its streams as they came in. Has no parameters and no hook.
 
     Whoever asks it for a part of the block (DiT takes the timestep embedding from block 0) gets that part.
     """
 
-    def __init__(self, block: nn.Module, stack: Stack):
+    def __init__(self, block: nn.Module, stack: Stack, in_cache: bool = True):
+        """in_cache: whether the block's place in a KV cache is kept, too."""
         super().__init__()
         self.__dict__["block"] = block  # not as a submodule: its parameters are not this one's
+        self.in_cache = in_cache
         self.places = places(block, stack)
         self.outputs = [stream.output for stream in stack.streams]
         self.returns = stack.returns
@@ -109,7 +133,8 @@ class PassThrough(nn.Module):
     def forward(self, *args: Any, **kwargs: Any) -> Tensor | tuple[Tensor | None, ...]:
         """The streams, in the places in which the block returns them; other places hold None."""
         streams = [kwargs[name] if name in kwargs else args[place] for name, place in self.places]
-        _count_positions(kwargs.get("past_key_values"), self.__dict__["block"], streams[0])
+        if self.in_cache:
+            _count_positions(kwargs.get("past_key_values"), self.__dict__["block"], streams[0])
         if self.returns is None:
             return streams[0]
         by_place = dict(zip(self.outputs, streams, strict=True))
@@ -122,9 +147,10 @@ def _count_positions(cache: Any, block: nn.Module, stream: Tensor) -> None:
     Keys without width count and hold nothing. Layers that keep a state, or use another's keys, are not asked.
     """
     layers = getattr(cache, "layers", None)
-    numbers: Iterator[Any] = (module.layer_idx for module in block.modules() if hasattr(module, "layer_idx"))
-    number = next(numbers, None)
-    if layers is None or number is None:
+    if layers is None:
+        return
+    number: Any = next((module.layer_idx for module in block.modules() if hasattr(module, "layer_idx")), None)
+    if number is None:
         return
     if number >= len(layers) or hasattr(layers[number], "get_seq_length"):
         batch, length = stream.shape[-3:-1]  # Gemma3n's stream has a dimension before these

@@ -12,12 +12,14 @@ import textwrap
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cache
+from typing import Any
 
 from torch import nn
 
 from skipwise.wrapping import class_of
 
 Origins = Mapping[str, frozenset[str]]
+OWN = "self."  # what the owner itself holds begins so
 CONFIG = frozenset({"config's lists"})  # the counter picks from these, and from nothing else
 
 
@@ -35,14 +37,24 @@ class Numbering:
 def find_numbering(owner: nn.Module, attribute: str, per_layer: Collection[str]) -> Numbering:
     """How the class of `owner` uses the numbers of the blocks in its list `attribute`.
 
-    per_layer: names of the config's lists that lose the entries of removed blocks, so that a count into them is right.
+    per_layer: names of the config's settings that are cut with the blocks, so that a count by them is right.
     A class that says `counts_what_runs = True` counts the blocks that run, and is taken at its word.
     """
     if getattr(owner, "counts_what_runs", False):
         return Numbering()
     uses = _uses(class_of(owner), attribute, tuple(sorted(per_layer)))  # type: ignore[arg-type]
-    arguments = frozenset().union(*uses) - CONFIG
-    return Numbering(any(not origins for origins in uses), arguments, CONFIG in uses)
+    compared = {name for use in uses for name in use if name.startswith(OWN)}
+    always = frozenset() in uses or any(_names_a_block(owner, attribute, name) for name in compared)
+    return Numbering(always, frozenset().union(*uses) - CONFIG - compared, CONFIG in uses)
+
+
+def _names_a_block(owner: nn.Module, attribute: str, name: str) -> bool:
+    """Whether what a forward compares its count with, `self.first_shared`, is the number of a block, or has some."""
+    value: Any = owner
+    for part in name.split(".")[1:]:
+        value = getattr(value, part, 0)
+    values = value if isinstance(value, list | tuple) else [value]
+    return any(number in range(len(getattr(owner, attribute))) for number in values)
 
 
 @cache
@@ -55,7 +67,8 @@ def _uses(cls: type, attribute: str, per_layer: tuple[str, ...]) -> tuple[frozen
         loops = [node for node in ast.walk(method) if isinstance(node, ast.For) and _mentions(node.iter, attribute)]
         for loop in loops:
             for known in _picked(loop, attribute, per_layer, origins):
-                found.append(known if known <= optional or known == CONFIG else frozenset())
+                own = known == CONFIG or any(name.startswith(OWN) for name in known)
+                found.append(known if own or known <= optional else frozenset())
     return tuple(found)
 
 
@@ -142,12 +155,16 @@ def _use(
 ) -> Iterator[frozenset[str]]:
     known: frozenset[str] = frozenset()
     while isinstance(node, ast.expr) and not known:
-        if isinstance(node, ast.Subscript) and isinstance(node.value, ast.Attribute):
-            owner, name = ast.unparse(node.value.value), node.value.attr
+        other = _other_side(node)
+        if other is not None:
+            owner, name = ast.unparse(other.value), other.attr
             if name in per_layer and owner.endswith("config"):
                 yield CONFIG
                 return
             if name == attribute and owner == "self":  # the block itself
+                return
+            if isinstance(node, ast.Compare) and owner.startswith("self"):
+                yield frozenset({f"{owner}.{name}"})
                 return
         if isinstance(node, ast.Call):
             called = ast.unparse(node.func)
@@ -158,6 +175,16 @@ def _use(
         known = _known(node, origins)
         node = parents.get(node)
     yield known
+
+
+def _other_side(node: ast.expr) -> ast.Attribute | None:
+    """The attribute that a count looks something up in, or is compared with."""
+    other = None
+    if isinstance(node, ast.Subscript):
+        other = node.value
+    elif isinstance(node, ast.Compare) and len(node.comparators) == 1 and isinstance(node.left, ast.Name):
+        other = node.comparators[0] if isinstance(node.ops[0], ast.Eq | ast.In) else None
+    return other if isinstance(other, ast.Attribute) else None
 
 
 def _known(node: ast.AST, origins: Origins) -> frozenset[str]:

@@ -130,6 +130,17 @@ def changed_settings(config: Any, length: int, kept: Sequence[int]) -> dict[str,
     return changed | {"num_hidden_layers": len(kept)}
 
 
+def names_of_layers(config: Any, length: int) -> set[str]:
+    """The attributes of a config that speak of single layers, which change when one of `length` layers is left out."""
+    try:
+        changed = changed_settings(config, length, range(length - 1))
+    except UserError:  # said when blocks are left out
+        changed = {}
+    names = {*changed, *computed_lists(config, length)}
+    aliases = getattr(config, "attribute_map", {})
+    return names | {alias for alias, name in aliases.items() if name in names}
+
+
 def check_shared_keys(stack: str, blocks: Iterable[nn.Module], numbers: Collection[int]) -> None:
     """Raise UserError when a skipped block makes the keys and values that kept blocks take from it (Gemma3n)."""
     makers: dict[str, int] = {}

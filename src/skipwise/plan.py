@@ -319,6 +319,11 @@ def _check_sum(companion: Companion, found: str) -> None:
 
 def _adapter_sum(folder: Path) -> str:
     names = ("adapter_config.json", "adapter_model.safetensors")
+    if not (folder / names[0]).exists() and any(folder.glob("*.safetensors")):
+        raise UserError(
+            f"{folder} holds no adapter as peft writes it ({' and '.join(names)}); a LoRA in the layout of diffusers "
+            "or kohya is loaded into the pipeline by its load_lora_weights."
+        )
     return hashlib.sha256(b"".join(_read_companion(folder / name) for name in names)).hexdigest()
 
 

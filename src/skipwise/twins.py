@@ -6,12 +6,12 @@ sharded or quantised has the shapes of the plain model.
 
 import copy
 from collections import OrderedDict
-from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from skipwise.quantised import computed_in, hollow, is_quantised, stored_layer
 from skipwise.wrapping import class_of
 
 # what torch, accelerate and diffusers keep of hooks in a module
@@ -21,38 +21,39 @@ SMALL = 2**24  # parameters: a forward of so many on a few tokens is quicker tha
 _PRIVATE = ("__composable", "_fsdp", "_is_fsdp")  # attributes of a sharded module begin so
 
 
-def meta_twin(model: nn.Module) -> Any:
-    """A copy of the model on the meta device, in eval mode, without hooks. The model is neither run nor changed."""
-    return _twin(model, _without_data, _without_data)
+def meta_twin(model: nn.Module, by_shape: bool = True) -> Any:
+    """A copy of the model on the meta device, in eval mode, without hooks. The model is neither run nor changed.
+
+    by_shape: quantised layers become plain ones, which run without their library and know what is stored.
+    """
+    dtype = computed_in(model)
+    memo: dict[int, Any] = {id(parameter): hollow(parameter, dtype) for parameter in model.parameters()}
+    memo |= {id(buffer): torch.empty_like(buffer, device="meta") for buffer in model.buffers()}
+    if by_shape:
+        memo |= {id(module): stored_layer(module, dtype) for module in model.modules() if is_quantised(module)}
+    return _copy(model, memo)
 
 
 def twin(model: nn.Module) -> Any:
     """A twin that can be run at once: of a small model one that shares its weights, which is quicker; else as above."""
     parameters = list(model.parameters())
-    plain = all(type(p.data) is Tensor and p.device.type == "cpu" and _is_plain(p) for p in parameters)
-    if not plain or sum(p.numel() for p in parameters) > SMALL:
+    plain = all(type(p.data) is Tensor and p.device.type == "cpu" and p.element_size() > 1 for p in parameters)
+    if not plain or sum(p.numel() for p in parameters) > SMALL or any(map(is_quantised, model.modules())):
         return meta_twin(model)
-    return _twin(model, Tensor.detach, lambda buffer: buffer.detach().clone())
+    memo: dict[int, Any] = {id(p): nn.Parameter(p.detach(), p.requires_grad) for p in parameters}
+    memo |= {id(buffer): buffer.detach().clone() for buffer in model.buffers()}
+    return _copy(model, memo)
 
 
-def _twin(model: nn.Module, of_parameter: Callable[[Tensor], Tensor], of_buffer: Callable[[Tensor], Tensor]) -> Any:
-    memo: dict[int, Any] = {}
-    for parameter in model.parameters():
-        memo[id(parameter)] = nn.Parameter(of_parameter(parameter), parameter.requires_grad)
-    memo |= {id(buffer): of_buffer(buffer) for buffer in model.buffers()}
-    modules = list(model.modules())
+def _copy(model: nn.Module, memo: dict[int, Any]) -> Any:
+    """The model with what `memo` has instead of its parameters, buffers and some of its modules, by their ids."""
+    modules = [module for module in model.modules() if id(module) not in memo]
     for module in modules:
         cls = class_of(module)
         memo[id(module)] = cls.__new__(cls)
     for module in modules:
         _fill(memo[id(module)], module, memo)
-    copied = memo[id(model)]
-    _unquantise(copied)
-    return copied.eval()
-
-
-def _without_data(tensor: Tensor) -> Tensor:
-    return torch.empty(tensor.shape, dtype=tensor.dtype, device="meta")
+    return memo[id(model)].eval()
 
 
 def _fill(copied: nn.Module, module: nn.Module, memo: dict[int, Any]) -> None:
@@ -68,25 +69,3 @@ def _copied(value: Any, memo: dict[int, Any]) -> Any:
         return copy.deepcopy(value, memo)
     except Exception:  # a stream, a lock, a process group: nothing that a forward on shapes changes
         return value
-
-
-def _unquantise(model: nn.Module) -> None:
-    """Put ordinary linear layers in the places of quantised ones, whose kernels know no meta tensors."""
-    dtype = next((p.dtype for p in model.parameters() if _is_plain(p)), torch.get_default_dtype())
-    for name, module in list(model.named_modules()):
-        if _is_quantised(module):
-            bias = getattr(module, "bias", None) is not None
-            plain = nn.Linear(module.in_features, module.out_features, bias, device="meta", dtype=dtype)
-            model.set_submodule(name, plain)
-
-
-def _is_quantised(module: Any) -> bool:
-    """Whether this is a linear layer by its sizes, with its weight packed, or kept under other names."""
-    sizes = getattr(module, "in_features", None), getattr(module, "out_features", None)
-    weight = getattr(module, "weight", None)
-    linear = all(isinstance(size, int) for size in sizes) and not list(module.children())
-    return linear and not (isinstance(weight, Tensor) and _is_plain(weight))
-
-
-def _is_plain(weight: Tensor) -> bool:
-    return weight.is_floating_point() and weight.element_size() > 1

@@ -52,7 +52,7 @@ def _of_peft(wrapper: Any) -> nn.Module:
 
 def class_of(module: nn.Module) -> type[nn.Module]:
     """The module's class as it was written: without what `fully_shard` and a plan in force mix in."""
-    return next(cls for cls in type(module).__mro__ if not _is_mixed(cls))
+    return next(cls for cls in type(module).__mro__ if issubclass(cls, nn.Module) and not _is_mixed(cls))
 
 
 def _is_mixed(cls: type) -> bool:

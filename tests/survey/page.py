@@ -25,7 +25,7 @@ transformer, built tiny with random weights and tried. `make models` makes this 
 - **export**: the exported checkpoint, opened by its class's own `from_pretrained`, against `skip`: bit for bit, for
   every such plan that is not refused.
 - **generate**: `sw.generate` under a plan, with its cache, against the model with blocks deleted, without one (of a
-  diffusion model, the same sampler): the same tokens; of a class that itself writes otherwise with its cache, as it does.
+  diffusion model, the same sampler): the same tokens; a class that itself writes otherwise with its cache, as it does.
 - **analyse**: `sw.analyze` runs, and all that it measures is finite.
 
 `n/a` is not asked of that kind of model. A refusal is one line with its reason; nothing is changed or written then.

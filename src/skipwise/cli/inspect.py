@@ -73,7 +73,9 @@ def _print_finetuning(model: str, memory: str | None, blocks: str, changes: dict
     from skipwise.cli.finetune import Choice, print_estimate
     from skipwise.finetuning.settings import FinetuneSettings
 
-    print_estimate(Choice(model, blocks=blocks, memory=memory), FinetuneSettings().but(**changes))
+    choice = Choice(model, blocks=blocks, memory=memory)
+    plan, settings = choice.make(FinetuneSettings().but(**changes))
+    print_estimate(choice, settings, plan)
 
 
 def _parameters(model: nn.Module, name: str) -> list[int]:

@@ -10,7 +10,7 @@ import typer
 from skipwise.analysis import Analysis
 from skipwise.blocks import find_contract
 from skipwise.calibration import Calibration
-from skipwise.cli.common import Device, Dtype, calibrate, console, progress_bar, settings_from
+from skipwise.cli.common import Device, Dtype, TokenizerName, calibrate, console, progress_bar, settings_from
 from skipwise.errors import UserError
 from skipwise.evaluation import Result
 from skipwise.files import check_writable
@@ -60,6 +60,7 @@ def command(
     estimate: Annotated[
         bool, typer.Option("--estimate", help="With --front: by the estimate, not the lower end of its interval.")
     ] = False,
+    tokenizer_name: TokenizerName = None,
     dtype: Dtype = None,
     device: Device = None,
 ) -> None:
@@ -94,7 +95,7 @@ def command(
         if model is None:
             what = method if needs_model(method) else f"a {stand_in} stand-in"
             raise UserError(f"{what} runs the model; name it with --model, such as --model {measured.name}.")
-        calibration = calibrate(model, texts, count, dtype, device, batch_size)
+        calibration = calibrate(model, texts, count, dtype, device, batch_size, tokenizer_name)
     check_writable(output.parent)
     plan = make_plan(measured, method, skip=skip, budget=budget, stack=stack, calibration=calibration, **settings)
     if stand_in and calibration:

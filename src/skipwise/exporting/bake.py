@@ -11,9 +11,10 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from safetensors import safe_open
 from torch import Tensor, nn
 
-from skipwise.adapters import added, deltas
+from skipwise.adapters import merged_tensors
 from skipwise.blocks import Contract, find_contract
 from skipwise.cost import estimate
 from skipwise.errors import UserError
@@ -23,7 +24,7 @@ from skipwise.exporting.config import Build, Config, cut_config, kept_of, resolv
 from skipwise.exporting.engine_files import check_file, has_file, write_file
 from skipwise.exporting.fitting import check_engine, config_for, fitting_plan
 from skipwise.exporting.folder import check_absent, copy_files, whole_or_absent
-from skipwise.exporting.keys import plan_moves
+from skipwise.exporting.keys import key_reader, plan_moves
 from skipwise.files import write_atomically
 from skipwise.loading import NATIVE, Source, build_skeleton, check_weights, find, readable_errors
 from skipwise.plan import Plan
@@ -42,7 +43,8 @@ def export(
 
     source: what `load` takes: an embedded name, a folder of safetensors or a hub id; of a diffusers pipeline its
     transformer is exported. A plan's adapter is merged into the weights. Logits are, bit for bit, those of the source
-    under `skip(model, plan)`. Memory holds one shard at a time. example: keyword arguments of one forward, for a model
+    under `skip(model, plan)`. Memory holds one shard at a time, and the weights that an
+    adapter changes. example: keyword arguments of one forward, for a model
     that skipwise has no inputs for.
     engine: another one that the export is for (docs/engines.md): "mlx-lm", "ctranslate2", "llama.cpp", "onnx" or
     "openvino". What it needs is added, for the last three a file beside the weights (the last two load the export whole
@@ -74,12 +76,13 @@ def export(
         checkpoint = read_checkpoint(found.folder, found.name)
         mapping = NATIVE[config["model_type"]][2] if config.get("model_type") in NATIVE else None
         moves = plan_moves(checkpoint, skeleton, twin, kept_of(plan), mapping)
+        merging = _merging(plan, checkpoint, skeleton, mapping)
     before, after = _sizes(checkpoint, moves)
     saved = estimate(skeleton, plan, example=example).saved_block_flops
     card = write_card(Export(plan, found, smaller, resolved_config(twin) | smaller, saved, before, after), target.name)
     with whole_or_absent(target, after * (1 + has_file(engine))) as folder:
         copy_files(found, folder)
-        rewrite(checkpoint, moves, folder, _merging(plan.adapter_folder()))
+        rewrite(checkpoint, moves, folder, merging)
         write_atomically(folder / "config.json", json.dumps(smaller, indent=2) + "\n")
         write_atomically(folder / "README.md", card)
         plan.save(folder / PLAN_FILE)
@@ -87,14 +90,45 @@ def export(
     return target
 
 
-def _merging(adapter: Path | None) -> Transform:
+def _merging(plan: Plan, checkpoint: Checkpoint, model: nn.Module, mapping: Mapping[str, str] | None) -> Transform:
     """The tensor of the whole source model's parameter, as it is written: with what the plan's adapter adds."""
-    changed = {f"{module}.weight": delta for module, delta in deltas(adapter).items()} if adapter else {}
+    folder = plan.adapter_folder()
+    if folder is None:
+        return lambda name, tensor: tensor
+    read = key_reader(model, mapping)
+    loaded = {key: read(key) for key in checkpoint.entries}
+    keys = {each.name: key for key, each in loaded.items() if not each.converted}
+    ties = _tied(model)
+    keys |= {tied: keys[name] for name in list(keys) for tied in ties.get(name, ())}
 
-    def merge(name: str, tensor: Tensor) -> Tensor:
-        return added(tensor, changed[name]) if name in changed else tensor
+    def original(name: str) -> Tensor:
+        if name not in keys:
+            raise UserError(
+                f"The plan's adapter changes {name}, which the source stores in other pieces; use the plan with "
+                "`skip`, or merge the adapter into the source first."
+            )
+        with safe_open(checkpoint.folder / checkpoint.file_of(keys[name]), "pt") as shard:
+            tensor: Tensor = shard.get_tensor(keys[name])
+        return tensor
 
-    return merge
+    changed = merged_tensors(model, folder, original)
+    for name in changed:
+        if any(tied not in changed or not changed[tied].equal(changed[name]) for tied in ties.get(name, ())):
+            raise UserError(
+                f"The plan's adapter changes {name} but not {ties[name][0]}, and the source stores both as one tensor; "
+                "use the plan with `skip`."
+            )
+    return lambda name, tensor: changed.get(name, tensor)
+
+
+def _tied(model: nn.Module) -> dict[str, list[str]]:
+    """Name of a parameter -> its other names."""
+    names: dict[int, list[str]] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        names.setdefault(id(parameter), []).append(name)
+    return {
+        name: [other for other in group if other != name] for group in names.values() for name in group if group[1:]
+    }
 
 
 def _check_exportable(plan: Plan) -> None:

@@ -44,6 +44,10 @@ class Checkpoint:
         """All tensors by key."""
         return {key: entry for shard in self.shards.values() for key, entry in shard.items()}
 
+    def file_of(self, key: str) -> str:
+        """The shard that holds the tensor of this key."""
+        return next(file for file, shard in self.shards.items() if key in shard)
+
 
 @dataclass(frozen=True)
 class Move:

@@ -14,9 +14,11 @@ from torch import nn
 
 from skipwise.blocks import layer_configs, layer_list_names, module_list
 from skipwise.errors import UserError
+from skipwise.kept import KEPT_STATE, running_modules
 from skipwise.per_layer import cut_setting
 from skipwise.plan import Plan
 from skipwise.skipping import skip
+from skipwise.wrapping import class_of
 
 Config = dict[str, Any]
 Build = Callable[[Config], nn.Module]
@@ -188,7 +190,7 @@ def _difference(wanted: Mapping[str, Any], found: Mapping[str, Any]) -> str:
 
 def _facts(model: nn.Module, plan: Plan) -> dict[str, dict[str, Any]]:
     """All that a config decides about a model: class, settings and shapes of every module, per-layer lists."""
-    facts = {name or "model": _facts_of(module) for name, module in model.named_modules()}
+    facts = {name or "model": _facts_of(module) for name, module in running_modules(model)}
     for kept in kept_of(plan):
         for number, config in enumerate(layer_configs(model, kept.stack)):
             lists = {key: list(getattr(config, key)) for key in layer_list_names(config, len(kept.blocks))}
@@ -198,8 +200,8 @@ def _facts(model: nn.Module, plan: Plan) -> dict[str, dict[str, Any]]:
 
 
 def _facts_of(module: nn.Module) -> dict[str, Any]:
-    kind = type(module).__name__
-    ignored = {"training", *(name for owner, name in NEVER_READ if owner == kind)}
+    kind = class_of(module).__name__
+    ignored = {"training", *KEPT_STATE, *(name for owner, name in NEVER_READ if owner == kind)}
     settings = {key: value for key, value in vars(module).items() if key not in ignored and _is_plain(value)}
     tensors = {**module._parameters, **module._buffers}
     shapes = {f"{key} of shape": tuple(tensor.shape) for key, tensor in tensors.items() if tensor is not None}

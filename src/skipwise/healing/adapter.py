@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from skipwise.adapters import check_plain
 from skipwise.blocks import find_contract, module_list
 from skipwise.calibration import Batch, Calibration, divergence
 from skipwise.checkpoints import Checkpoint
@@ -61,10 +62,11 @@ def heal(
     The loss is KL(whole || skipped) in nats a predicted token. A run that was killed goes on from its last checkpoint,
     which lies beside `output` until the run is done. The model is what it was afterwards.
     on_progress(step, steps, loss) is called after every step. stop_after: end early, as if killed after that step.
-    Raises UserError for a plan of another model, one that is healed already, and without peft.
+    Raises UserError for a plan of another model, one that is healed already, a quantised model, and without peft.
     """
     require("peft", "heal")
     settings = settings or HealSettings()
+    check_plain(calibration.model)  # what is trained here is merged later
     plan.check_model(find_contract(calibration.model).shape)
     if plan.adapter is not None:
         raise UserError("The plan has an adapter already; heal the plan that it was made from.")

@@ -1,7 +1,6 @@
-"""`load`: an embedded name, a folder, a hub id or a GGUF file -> model and tokenizer.
+"""`load`: an embedded name, a folder, a hub id or one file of weights -> model and tokenizer.
 
-Never remote code, never pickle. Native modules load the official checkpoints strictly: every key is used and every
-parameter filled, or the error says which did not fit.
+Never remote code, never pickle. Every parameter is filled and every key used, or the error says which did not fit.
 """
 
 from typing import Any
@@ -11,15 +10,25 @@ import transformers
 from torch import nn
 
 from skipwise.errors import UserError, require
-from skipwise.loading.checks import check_keys, check_weights, quiet, readable_errors
+from skipwise.loading.checks import (
+    check_keys,
+    check_names,
+    check_requantised,
+    check_weights,
+    only_variant,
+    quiet,
+    readable_errors,
+)
 from skipwise.loading.classes import NATIVE, build_skeleton, recipe
-from skipwise.loading.devices import Device, Dtype, dtype_name, read_device, read_dtype
-from skipwise.loading.gguf_file import load_gguf
+from skipwise.loading.devices import Device, Dtype, read_device, read_dtype
+from skipwise.loading.gguf_file import GGUF, gguf_skeleton, load_gguf
+from skipwise.loading.single_file import load_single_file, single_file_skeleton
 from skipwise.loading.source import Source, find
-from skipwise.loading.tokenizers import load_tokenizer
+from skipwise.loading.tokenizers import check_tokenizer, load_tokenizer
 from skipwise.models.random import random_model
 from skipwise.presets import names as preset_names
 from skipwise.presets import read as read_preset
+from skipwise.quantised import as_stored
 
 
 def load(
@@ -31,14 +40,16 @@ def load(
     quantization_config: Any = None,
     variant: str | None = None,
     revision: str | None = None,
-    tokenizer: str | None = None,
+    tokenizer: Any = None,
 ) -> tuple[Any, Any]:
-    """(model, tokenizer) by embedded name, folder, hub id or GGUF file; tokenizer None where there is none.
+    """(model, tokenizer) by embedded name, folder, hub id or file (.gguf, or the .safetensors of a diffusers
+    transformer); tokenizer None where there is none.
 
     dtype: torch.bfloat16, "bfloat16", "bf16" and so on, by default or with "auto" the checkpoint's; device: such as
     "cuda"; device_map: instead of a device, accelerate's ("auto", or a dictionary of module -> device);
     quantization_config: of transformers or diffusers, to quantise the weights as they are read; variant: of the weight
-    files, such as "fp16"; revision: of a hub repository; tokenizer: a name or folder to take the tokenizer from.
+    files, such as "fp16"; revision: of a hub repository; tokenizer: another one than that beside the weights, by the
+    name of a model, a folder or a hub id, or loaded already: it must have the model's tokens.
     The model is in eval mode. Raises UserError with the next step for everything that can be wrong.
     """
     chosen, place = read_dtype(dtype), read_device(device)
@@ -46,8 +57,10 @@ def load(
     given = {key: value for key, value in (given | {"variant": variant}).items() if value is not None}
     source = find(name, revision)
     with readable_errors(source):
-        model = _load_gguf(source, chosen, given) if source.gguf else _load_folder(source, chosen, given)
-        words = load_tokenizer(source, tokenizer)
+        words = load_tokenizer(source, tokenizer)  # first: it takes no time, and what is wrong with it is told at once
+        read = _load_file if source.gguf or source.single else _load_folder
+        model = read(source, chosen, given)
+        check_tokenizer(words, model.config, source.name)
         model = model.eval()
         return model if place is None else model.to(place), words
 
@@ -55,7 +68,8 @@ def load(
 def load_skeleton(name: str, *, dtype: Dtype = None, revision: str | None = None) -> nn.Module:
     """The model without weights, on the meta device, from a preset or from the config.json of what `load` takes.
 
-    dtype: what its parameters would be held in, by default float32. Raises UserError as `load` does.
+    dtype: what its parameters would be held in, by default float32; linear layers of a quantised checkpoint are priced
+    as they are stored (see `skipwise.quantised`). Raises UserError as `load` does.
     """
     chosen = read_dtype(dtype)
     skeleton = _skeleton(name, revision)
@@ -78,10 +92,13 @@ def _skeleton(name: str, revision: str | None) -> nn.Module:
     if name in preset_names():
         return build_skeleton(read_preset(name), name)
     source = find(name, revision, weights=False)
-    if source.gguf:
-        raise UserError(f"{name} is a GGUF file, whose config comes with its weights; load it instead.")
     with readable_errors(source):
-        return build_skeleton(source.config, name)
+        if source.gguf and GGUF.open(source).is_language_model:
+            return gguf_skeleton(source)
+        if source.gguf or source.single:
+            return single_file_skeleton(source)
+        skeleton, quantised = build_skeleton(source.config, name), source.config.get("quantization_config")
+        return as_stored(skeleton, quantised) if quantised else skeleton
 
 
 def _device_map(wanted: Any, place: torch.device | None) -> Any:
@@ -102,31 +119,34 @@ def _quantisation(config: Any) -> Any:
     )
 
 
-def _load_gguf(source: Source, dtype: torch.dtype | None, given: dict[str, Any]) -> Any:
-    if given:
-        raise UserError(f"{source.name} is a GGUF file, which is loaded without {', '.join(given)}; leave that out.")
-    return load_gguf(source, dtype_name(dtype))
+def _load_file(source: Source, dtype: torch.dtype | None, given: dict[str, Any]) -> Any:
+    """A GGUF file, or a .safetensors file of a transformer alone."""
+    language = source.gguf and GGUF.open(source).is_language_model
+    useless = list(given) if language else [key for key in given if key == "variant" or source.gguf]
+    if useless:
+        raise UserError(f"{source.name} is one file, which is loaded without {', '.join(useless)}; leave that out.")
+    return load_gguf(source, dtype) if language else load_single_file(source, dtype, given)
 
 
 def _load_folder(source: Source, dtype: torch.dtype | None, given: dict[str, Any]) -> Any:
     """given: for from_pretrained of transformers or diffusers."""
     config = source.config
     model_class, settings = recipe(config, source.name)
+    diffusers = "_class_name" in config
+    if "config" in settings and "quantization_config" in config:  # of a native class
+        settings["config"].quantization_config = config["quantization_config"]
     check_weights(source)
-    if "_class_name" in config:
-        chosen = {} if dtype is None else {"torch_dtype": dtype}
-        return model_class.from_pretrained(source.folder, use_safetensors=True, **chosen, **given)
+    given = {"variant": only_variant(source)} | check_requantised(config, source.name, given)
+    if given["variant"] is None:  # the files of a variant have another name
+        check_names(source)
+    settings |= {"torch_dtype": dtype} if diffusers else {"dtype": dtype or "auto", "trust_remote_code": False}
+    if not diffusers:
+        settings["ignore_mismatched_sizes"] = True  # so that they are reported with the others
     with quiet():
         model, report = model_class.from_pretrained(
-            source.folder,
-            dtype=dtype or "auto",
-            use_safetensors=True,
-            trust_remote_code=False,
-            output_loading_info=True,
-            ignore_mismatched_sizes=True,  # so that they are reported with the others
-            **settings,
-            **given,
+            source.folder, use_safetensors=True, output_loading_info=True, **settings, **given
         )
-    check_keys(source, report, strict=config.get("model_type") in NATIVE)
-    model.name_or_path = source.name
+    check_keys(source, report, strict=diffusers or config.get("model_type") in NATIVE, model=model)
+    if not diffusers:
+        model.name_or_path = source.name
     return model

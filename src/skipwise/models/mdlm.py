@@ -22,7 +22,7 @@ from skipwise.models.hooks import watched
 from skipwise.models.lean import Places, following, quickly, spread
 from skipwise.models.linear import linear
 from skipwise.models.native import MaskedDiffusion, OfficialConfig, registered
-from skipwise.models.official import check_official
+from skipwise.models.official import Layout
 from skipwise.models.workspace import Workspace
 
 FREQUENCIES = 256  # of the sinusoidal embedding of sigma
@@ -30,11 +30,14 @@ ROTARY_BASE = 10000.0
 Store = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
 Modulation = tuple[Tensor, ...]
 KEY_MAPPING = {r"^backbone\.": ""}
-_KEYS = ("model_length", "vocab_size", "hidden_dim", "cond_dim", "n_blocks", "n_heads", "dropout", "time_conditioning")
+_NEEDED = ("vocab_size", "hidden_dim", "cond_dim", "n_blocks", "n_heads")
+_KEYS = (*_NEEDED, "model_length", "dropout", "time_conditioning")
+
+LAYOUT = Layout(family="MDLM", architectures=("MDLM",), needed=_NEEDED, used=(*_KEYS, "mask_token_id"))
 
 
 class MDLMConfig(OfficialConfig, PreTrainedConfig):
-    """The official config's own keys. The mask token is the last of the vocabulary."""
+    """The official config's own keys. The mask token is the last of the vocabulary, unless mask_token_id names one."""
 
     model_type = "mdlm"
     attribute_map: ClassVar[dict[str, str]] = {
@@ -51,6 +54,7 @@ class MDLMConfig(OfficialConfig, PreTrainedConfig):
     dropout: float = 0.1
     time_conditioning: bool = False
     mask_token_id: int | None = None
+    layout: ClassVar[Layout] = LAYOUT
 
     def __post_init__(self, **kwargs: Any) -> None:
         if self.mask_token_id is None:
@@ -64,13 +68,18 @@ class MDLMConfig(OfficialConfig, PreTrainedConfig):
 
     @classmethod
     def from_official(cls, official: dict[str, Any]) -> "MDLMConfig":
-        """Translate the dictionary of an official config.json. Raises UserError when it lacks a size."""
-        check_official("MDLM", official, ("vocab_size", "hidden_dim", "cond_dim", "n_blocks", "n_heads"))
-        return cls(architectures=["MDLM"], **{key: official[key] for key in _KEYS if key in official})
+        """Translate the dictionary of an official config.json.
+
+        Raises UserError naming the key when one is missing, or means nothing that this module implements.
+        """
+        stored = LAYOUT.check(official)
+        settings = {key: official[key] for key in (*_KEYS, "mask_token_id") if key in official}
+        return cls(architectures=["MDLM"], **settings, **stored)
 
     def to_official(self) -> dict[str, Any]:
         """The dictionary of the official config.json."""
-        return {"architectures": ["MDLM"], "model_type": self.model_type} | {key: getattr(self, key) for key in _KEYS}
+        keys = _KEYS if self.mask_token_id == self.vocab_size - 1 else (*_KEYS, "mask_token_id")
+        return {"architectures": ["MDLM"], "model_type": self.model_type} | {key: getattr(self, key) for key in keys}
 
 
 class _Norm(nn.Module):
@@ -219,7 +228,7 @@ def _bare(block: nn.Module) -> bool:
 
 
 @registered
-class MDLM(MaskedDiffusion, GenerationMixin, PreTrainedModel):
+class MDLM(MaskedDiffusion, GenerationMixin, PreTrainedModel):  # type: ignore[misc]  # generate is not transformers'
     """MDLM with its head. `model(input_ids).logits[b, p]` are raw scores of the token at position p.
 
     input_ids: (batch, length) int64, masked positions hold `config.mask_token_id`; attention_mask: (batch, length),

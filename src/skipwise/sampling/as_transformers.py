@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Mapping
 from dataclasses import fields
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -72,7 +72,7 @@ def generate(
     sequences = decode(model, ids, attention_mask=mask, **asked).sequences
     if stream is not None:
         stream.end(sequences)
-    return GenerateDecoderOnlyOutput(sequences=sequences) if as_dict else sequences
+    return GenerateDecoderOnlyOutput(sequences=cast(Any, sequences)) if as_dict else sequences
 
 
 def _asked(model: nn.Module, config: GenerationConfig | None, options: Mapping[str, Any]) -> dict[str, Any]:

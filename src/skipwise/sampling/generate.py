@@ -150,7 +150,7 @@ def _continue(
     """Token by token."""
     if kind_of(model) == "block diffusion":
         raise UserError(
-            f"{type(model).__name__} has a sampler of its own; call its `generate` inside of `with sw.skip(model, plan)`."
+            f"{type(model).__name__} has a sampler of its own; call its `generate` in `with sw.skip(model, plan)`."
         )
     if not hasattr(model, "generate"):
         raise UserError(f"{type(model).__name__} cannot generate text: it is neither autoregressive nor diffusion.")
