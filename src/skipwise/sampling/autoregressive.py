@@ -68,6 +68,6 @@ def _own_state_refused(model: Any) -> Iterator[None]:
         if not any(cut_now(model).skipped.values()):
             raise
         raise UserError(
-            f"{type(model).__name__} cannot generate under this plan, as it keeps a state of every layer itself ({error}); "
-            "export the plan and generate with the export."
+            f"{type(model).__name__} cannot generate under this plan, as it keeps a state of every layer itself "
+            f"({error}); export the plan and generate with the export."
         ) from error
