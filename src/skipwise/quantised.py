@@ -4,7 +4,7 @@ Of a loaded model the bytes are those of its tensors: packed weights, scales, ze
 the config of a quantised checkpoint, they follow from the method's own layout (`LAYOUTS`).
 """
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from math import ceil
 from typing import Any
 
@@ -54,10 +54,27 @@ def stored_layer(module: Any, dtype: torch.dtype) -> Stored:
     twin = Stored(int(module.in_features), int(module.out_features), bias is not None, device="meta", dtype=dtype)
     if bias is not None:
         twin.bias = hollow(nn.Parameter(bias, False), dtype)
-    # bitsandbytes saves the shape and the like as one more tensor, which is not in memory as such
-    state = {key: value for key, value in module.state_dict().items() if ".quant_state." not in key and key != "bias"}
-    twin.stored = sum(bytes_of(value) for value in state.values() if isinstance(value, Tensor))
+    twin.stored = sum(map(bytes_of, _stored_tensors(module)))
     return twin
+
+
+def _stored_tensors(module: Any) -> Iterator[Tensor]:
+    """What a quantised layer holds, but for its bias.
+
+    Not by its state_dict: that of a bitsandbytes layer which has run on a CPU unpacks the weight, and rounds its scales.
+    """
+    own = {**module._parameters, **module._buffers}
+    yield from (tensor for name, tensor in own.items() if tensor is not None and name != "bias")
+    weight: Any = own.get("weight")
+    state = getattr(weight, "quant_state", None)  # bitsandbytes, 4 bits
+    while state is not None:
+        yield from (state.absmax, state.code)
+        state = getattr(state, "state2", None)
+    scales = getattr(weight, "SCB", None)  # bitsandbytes, 8 bits; moved to the layer's state when it runs
+    scales = getattr(getattr(module, "state", None), "SCB", None) if scales is None else scales
+    if scales is not None:
+        yield scales
+        yield torch.empty(1, dtype=torch.uint8)  # the name of the order
 
 
 def hollow(parameter: nn.Parameter, dtype: torch.dtype) -> nn.Parameter:
