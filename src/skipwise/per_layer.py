@@ -98,8 +98,12 @@ def with_lists(config_class: type, lists: Mapping[str, list[Any]]) -> type:
 
     For layers that the rule of the config itself cannot describe, such as those left of a period.
     """
-    properties = {name: property(lambda _, value=value: list(value)) for name, value in lists.items()}
+    properties = {name: _constant(values) for name, values in lists.items()}
     return type(config_class.__name__, (config_class,), {"__module__": config_class.__module__, **properties})
+
+
+def _constant(values: list[Any]) -> property:
+    return property(lambda _: list(values))
 
 
 def changed_settings(config: Any, length: int, kept: Sequence[int]) -> dict[str, Any]:

@@ -98,6 +98,7 @@ ENGINES: Mapping[str, Engine] = {
             "mistral": Reading(windows=False),
             # kinds of layers are read from a list of booleans in the file, which we write
             "gemma3_text": Reading(),
+            "gemma2": Reading(),
             "smollm3": Reading(Pattern("no_rope_layers", 0, 4)),
         },
     ),
@@ -134,7 +135,7 @@ def wrongs(engine: str, config: Config) -> list[str]:
     if reading.pattern and not reading.pattern.describes(config):
         found.append(f"takes {reading.pattern.key} by position, and these layers do not follow its rule")
     ropes = _ropes(config)
-    scaling = str(next(iter(ropes.values()), {}).get("rope_type", "default"))
+    scaling = next((rope.get("rope_type") for rope in ropes.values()), None)
     if scaling in reading.scalings:
         found.append(f"computes rope scaling of type {scaling} otherwise")
     if reading.rope_on_top and ropes and "rope_theta" not in config:
