@@ -129,7 +129,7 @@ def test_the_card_says_what_engines_make_of_it(tmp_path: Path) -> None:
     told = card.split("## In other engines\n")[1]
     assert "- mlx-lm 0.32.2: takes layer_types by position, and these layers do not follow its rule" in told
     assert "- ctranslate2 4.8.5: takes rope bases of its own, whatever the config says." in told
-    assert "- openvino 2026.4.1: not measured for this family" in told
+    assert "- openvino 2026.4.1: the logits are transformers' own." in told
     card = (
         sw.export(plan_of(model, 0, 4), tmp_path / "source", tmp_path / "b", engine="mlx-lm") / "README.md"
     ).read_text()
@@ -184,4 +184,8 @@ def test_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkey
     assert run(*given) == 2
     assert capsys.readouterr().err.count("\n") == 1
     assert run(*given, "--nearest") == 0
-    assert "moved for mlx-lm; it was: " in " ".join(capsys.readouterr().out.split())
+    told = " ".join(capsys.readouterr().out.split())
+    assert "mlx-lm 0.32.2: the logits are transformers' own." in told
+    assert "moved for mlx-lm; it was: " in told
+    assert run(*given[:2], tmp_path / "other", "--nearest") == 2
+    assert "name the engine too" in capsys.readouterr().err

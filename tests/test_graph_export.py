@@ -57,3 +57,16 @@ def test_a_library_that_is_missing(engine: str, module: str, tmp_path: Path, mon
     with pytest.raises(sw.UserError, match=rf"needs {module}, which is not installed. Install it with: pip install"):
         exported(tmp_path, engine)
     assert not (tmp_path / "target").exists()
+
+
+def test_a_model_that_cannot_be_traced(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One line, and nothing is left."""
+
+    def failing(*_: Any, **__: Any) -> None:
+        raise RuntimeError("\nCould not guard on data-dependent expression\nmore")
+
+    monkeypatch.setitem(sys.modules, "openvino", sys)
+    monkeypatch.setattr(torch.export, "export", failing)
+    with pytest.raises(sw.UserError, match=r"llama cannot be traced \(Could not guard on data-dependent expression\);"):
+        exported(tmp_path, "openvino")
+    assert not (tmp_path / "target").exists()

@@ -8,6 +8,7 @@ import typer
 from skipwise.cli.common import console
 from skipwise.exporting import export
 from skipwise.exporting.card import PLAN_FILE
+from skipwise.exporting.engines import title
 from skipwise.plan import Plan
 
 
@@ -33,5 +34,8 @@ def command(
     written = export(loaded, source, target, engine=engine, nearest=nearest)
     baked = Plan.load(written / PLAN_FILE)
     console.print(f"{baked.describe()}; written to {written}", highlight=False)
+    if engine is not None:
+        card = (written / "README.md").read_text(encoding="utf-8").splitlines()
+        console.print(next(line for line in card if line.startswith(f"- {title(engine)}: "))[2:], highlight=False)
     if baked.phases != loaded.phases:
         console.print(f"The plan was moved for {engine}; it was: {loaded.describe()}.", highlight=False)

@@ -45,14 +45,15 @@ def export(
     under `skip(model, plan)`. Memory holds one shard at a time. example: keyword arguments of one forward, for a model
     that skipwise has no inputs for.
     engine: another one that the export is for (docs/engines.md): "mlx-lm", "ctranslate2", "llama.cpp", "onnx" or
-    "openvino". What it needs is added, for the last three a file beside the weights. nearest: take the nearest plan
-    when the engine takes kinds of layers by position and the plan moves them, instead of refusing.
+    "openvino". What it needs is added, for the last three a file beside the weights (the last two load the export whole
+    to trace it). nearest: take the nearest plan when the engine takes kinds of layers by position and the plan moves
+    them, instead of refusing.
     Raises UserError, and leaves no target, for a plan that is not static or of another model, for a model whose config
     cannot describe the kept blocks, for an engine that would give other logits, for weights that are incomplete or
     pickled, and for a target that holds something.
     """
     _check_exportable(plan)
-    check_engine(engine)
+    check_engine(engine, nearest)
     target = Path(target).expanduser()
     check_absent(target)
     found = find(str(source), weights=False)

@@ -10,8 +10,10 @@ from skipwise.exporting.engines import ENGINES, Reading, additions, title, wrong
 from skipwise.plan import Plan, Provenance
 
 
-def check_engine(engine: str | None) -> None:
-    """Raise UserError for a name that is no engine's."""
+def check_engine(engine: str | None, nearest: bool) -> None:
+    """Raise UserError for a name that is no engine's, and for the nearest plan where no engine is named."""
+    if engine is None and nearest:
+        raise UserError("The nearest plan is one that an engine can run; name the engine too (--for mlx-lm).")
     if engine is not None and engine not in ENGINES:
         raise unknown("engine", engine, ENGINES)
 

@@ -3,6 +3,8 @@
 torch.export traces the finished export, loaded whole; both lengths of the input are free.
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -51,20 +53,33 @@ def _check_language(config: Config) -> None:
 
 
 def write_onnx(folder: Path, config: Config) -> None:
-    """Write model.onnx into the folder of an export."""
+    """Write model.onnx into the folder of an export. Raises UserError for a model that torch cannot trace."""
     model, inputs, shapes = _traceable(folder)
-    torch.onnx.export(
-        model, inputs, folder / ONNX_FILE, dynamo=True, dynamic_shapes=shapes, input_names=["input_ids"],
-        output_names=["logits"], verbose=False,
-    )  # fmt: skip
+    names: dict[str, Any] = {"input_names": ["input_ids"], "output_names": ["logits"]}
+    with _one_line(config):
+        torch.onnx.export(model, inputs, folder / ONNX_FILE, dynamo=True, dynamic_shapes=shapes, verbose=False, **names)
 
 
 def write_openvino(folder: Path, config: Config) -> None:
-    """Write openvino_model.xml and its .bin into the folder of an export."""
+    """Write openvino_model.xml and its .bin into the folder of an export.
+
+    Raises UserError for a model that torch cannot trace or openvino cannot convert.
+    """
     openvino = require("openvino", "openvino")
     model, inputs, shapes = _traceable(folder)
-    program = torch.export.export(model, inputs, dynamic_shapes=shapes)
-    openvino.save_model(openvino.convert_model(program), folder / OPENVINO_FILE, compress_to_fp16=False)
+    with _one_line(config):
+        program = torch.export.export(model, inputs, dynamic_shapes=shapes)
+        openvino.save_model(openvino.convert_model(program), folder / OPENVINO_FILE, compress_to_fp16=False)
+
+
+@contextmanager
+def _one_line(config: Config) -> Iterator[None]:
+    """Turn whatever tracing a model's code raises into one line."""
+    try:
+        yield
+    except Exception as error:  # torch.export raises the errors of many layers
+        reason = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
+        raise UserError(f"{config['model_type']} cannot be traced ({reason[:200]}); export without --for.") from error
 
 
 def _traceable(folder: Path) -> tuple[nn.Module, tuple[Tensor], Any]:
