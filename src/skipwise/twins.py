@@ -75,8 +75,9 @@ def _unquantise(model: nn.Module) -> None:
     dtype = next((p.dtype for p in model.parameters() if _is_plain(p)), torch.get_default_dtype())
     for name, module in list(model.named_modules()):
         if _is_quantised(module):
-            bias = getattr(module, "bias", None) is not None
-            plain = nn.Linear(module.in_features, module.out_features, bias, device="meta", dtype=dtype)
+            bias: Any = getattr(module, "bias", None)
+            has_bias = (bias() if callable(bias) else bias) is not None  # torch.ao's layers have methods
+            plain = nn.Linear(module.in_features, module.out_features, has_bias, device="meta", dtype=dtype)
             model.set_submodule(name, plain)
 
 
@@ -84,7 +85,8 @@ def _is_quantised(module: Any) -> bool:
     """Whether this is a linear layer by its sizes, with its weight packed, or kept under other names."""
     sizes = getattr(module, "in_features", None), getattr(module, "out_features", None)
     weight = getattr(module, "weight", None)
-    linear = all(isinstance(size, int) for size in sizes) and not list(module.children())
+    parts = {name for name, _ in module.named_children()} - {"_packed_params"}  # torch.ao's own weight and bias
+    linear = all(isinstance(size, int) for size in sizes) and not parts
     return linear and not (isinstance(weight, Tensor) and _is_plain(weight))
 
 

@@ -66,8 +66,8 @@ PARTS = {
 }
 ENDS = {"wte": "model.embed_tokens", "ln_f": "model.norm", "ff_out": "lm_head"}
 
-# regular expression over official keys -> key of this module. The outer prefix `model.` may be missing: transformers adds
-# its own. It carries over one captured group a pattern, no more. To save the official layout it turns the patterns
+# regular expression over official keys -> key of this module. The outer prefix `model.` may be missing: transformers
+# adds its own. It carries over one captured group a pattern, no more. To save the official layout it turns the patterns
 # round, which is why the short names at the ends are anchored.
 KEY_MAPPING = {
     r"transformer\.wte\.": "embed_tokens.",
