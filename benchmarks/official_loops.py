@@ -146,6 +146,8 @@ def dream(model: nn.Module, prompt: Tensor, attention_mask: Tensor | None, s: Dr
         if s.logits_hook:
             logits = s.logits_hook(i, x, logits)
         mask_logits = logits[masked]
+        if s.eos_penalty:  # Dream-Coder's
+            mask_logits[:, model.config.pad_token_id] += s.eos_penalty * torch.log(1 - times[i] + s.eps)
         part = 1 - times[i + 1] / times[i] if i < steps - 1 else 1
         if s.alg == "origin":
             x0 = torch.zeros_like(x[masked]) + token

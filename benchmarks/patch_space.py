@@ -26,7 +26,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from skipwise.finetuning.families import Family, family_of
+from skipwise.finetuning.families import family_of
+from skipwise.finetuning.family import Family
 from skipwise.finetuning.images import Picture, read_pictures
 from skipwise.finetuning.patches import PatchSchedule, crop_latents, crop_pixels, sample_patch
 from skipwise.finetuning.pipelines import load_pipeline

@@ -137,7 +137,10 @@ def plain_dream(denoiser: Denoiser, prompt: Tensor, present: Tensor | None, **s:
         now = t.masked & (lifted == i)
         if not (now if settings.alg == "origin" else quota[:, i]).any():
             continue
-        z = filtered(t.logits(Step(i, steps, t.x, i / steps)), settings)
+        z = t.logits(Step(i, steps, t.x, i / steps))
+        time = torch.linspace(1, settings.eps, steps + 1)[i]
+        z[..., t.denoiser.model.config.pad_token_id] += settings.eos_penalty * (1 - time + settings.eps).log()
+        z = filtered(z, settings)
         p = z.softmax(-1)
         chosen = z.argmax(-1)
         if settings.temperature:
@@ -149,6 +152,10 @@ def plain_dream(denoiser: Denoiser, prompt: Tensor, present: Tensor | None, **s:
             if settings.alg_temp:
                 u = t.uniform([3 * i + 2] * every, dtype=torch.float64)
                 confidence = confidence / settings.alg_temp - (-u.log()).log()
+            if settings.confidence_eos_eot_inf:
+                config = t.denoiser.model.config
+                ends = (chosen == config.eos_token_id) | (chosen == config.eot_token_id)
+                confidence = confidence.where(~ends | ~t.masked, torch.finfo(confidence.dtype).min)
             for row in range(every):
                 best = confidence[row].topk(int(quota[row, i])).indices
                 t.x[row, best] = chosen[row, best]

@@ -137,7 +137,11 @@ MISTAKES = {
     "nothing to fill": (["generate", "tiny-dllm", "s1=", "--gen-length", "0"], "the prompt holds no mask token"),
     "steps of ar": (["generate", "tiny-ar", "s1=", "--steps", "4"], "is not a masked diffusion model; leave out steps"),
     "recipe": (["zoo", "train", "tiny-dlm"], "Unknown recipe 'tiny-dlm'"),
-    "dtype": (["analyze", "tiny-ar", "--dtype", "fp32", "-o", "{tmp}/x"], "Unknown dtype 'fp32'"),
+    "dtype": (["analyze", "tiny-ar", "--dtype", "int3", "-o", "{tmp}/x"], "Unknown dtype 'int3'"),
+    "dtype of what is inspected": (["inspect", "llada-8b", "--dtype", "int3"], "Unknown dtype 'int3'"),
+    "dtype of the judge": (["judge", "tiny-text", "--judge-dtype", "int3"], "Unknown dtype 'int3'"),
+    "no device": (["generate", "tiny-dllm", "s1=", "--device", "gpu"], "device='gpu' is no device; use cpu"),
+    "device elsewhere": (["eval", "nothing", "--device", "xla:7"], "There is no device 'xla:7' for weights on this"),
 }
 
 

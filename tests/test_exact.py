@@ -132,6 +132,7 @@ DREAM = [
         (0.0, 19, {"alg_temp": 0.4}),
     )
 ]
+DREAM += [{"alg": "entropy", "eos_penalty": 3.0}, {"temperature": 0.7, "steps": 5, "eos_penalty": 2.0}]
 MDLM = [
     {},
     {"steps": 7},

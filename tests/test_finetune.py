@@ -188,6 +188,32 @@ def test_prior_preservation_takes_pictures_of_the_class_into_every_batch(pipelin
     assert any(not tensors(with_prior)[key].equal(tensor) for key, tensor in tensors(without).items())
 
 
+def test_the_loss_of_the_class_is_weighted(pipelines, subject, tmp_path):
+    """Of the first step, which is that of the base model: linear in the weight, and the subject's alone at zero."""
+    both, losses = replace(subject, class_images=subject.images), {}
+    for weight in (0.0, 0.25, 1.0):
+        training = replace(TRAINING, prior_weight=weight, steps=1, checkpoint_every=1)
+        output = tmp_path / str(weight)
+        finetune(pipelines("flux"), both, output, None, SETTINGS, training, device="cpu")
+        losses[weight] = read_log(output / "train.jsonl")[0]["loss"]
+    alone = replace(TRAINING, steps=1, checkpoint_every=1)
+    finetune(pipelines("flux"), subject, tmp_path / "alone", None, SETTINGS, alone, device="cpu")
+    assert losses[0.0] == pytest.approx(read_log(tmp_path / "alone" / "train.jsonl")[0]["loss"] / 2)  # a mean over two
+    assert losses[1.0] > 1.2 * losses[0.0]
+    assert losses[0.25] == pytest.approx(0.75 * losses[0.0] + 0.25 * losses[1.0])
+
+
+def test_the_learning_rate_rises_over_the_warmup(pipelines, subject, tmp_path):
+    """AdamW's first step is as long as the learning rate, from weights B that are zero."""
+    assert [TrainingSettings(learning_rate=1.0, warmup=3).rate(step) for step in range(5)] == [0.25, 0.5, 0.75, 1, 1]
+    plan = plan_of(pipelines("flux"))
+    for warmup, rate in ((0, 1e-2), (3, 2.5e-3)):
+        training = replace(TRAINING, steps=1, warmup=warmup)
+        path = finetune(pipelines("flux"), subject, tmp_path / str(warmup), plan, SETTINGS, training, device="cpu")
+        steps = [tensor.abs().max() for key, tensor in tensors(path).items() if "to_q.lora_B" in key]
+        assert max(steps) == pytest.approx(rate, rel=0.02)
+
+
 def test_crops_keep_their_places_where_the_model_has_any(pipelines, subject, tmp_path):
     keep = replace(TRAINING, place="keep")
     finetune(pipelines("flux"), subject, tmp_path / "flux", None, SETTINGS, keep, device="cpu")
@@ -210,7 +236,6 @@ def test_a_loss_that_is_not_finite_ends_the_run_and_keeps_what_was(pipelines, su
     [
         ({"prompt": "a photo of a dog"}, "lacks the subject token 'sks'"),
         ({"images": "nowhere"}, "There is no folder"),
-        ({"settings": replace(SETTINGS, resolution=512, patch=None)}, "smaller than the training resolution of 512"),
         ({"settings": replace(SETTINGS, patch=30)}, "Resolution 30 does not suit FLUX"),
         ({"settings": replace(SETTINGS, late="none")}, "trains the last blocks"),
         ({"settings": replace(SETTINGS, optimiser="adamw8bit")}, "needs bitsandbytes"),
@@ -219,7 +244,8 @@ def test_a_loss_that_is_not_finite_ends_the_run_and_keeps_what_was(pipelines, su
         ({"model": "sd3"}, "made for a model with"),
     ],
 )
-def test_mistakes_are_found_before_anything_is_computed(wrong, message, pipelines, subject, tmp_path):
+def test_mistakes_are_found_before_anything_is_computed(wrong, message, pipelines, subject, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "bitsandbytes", None)  # as if it were not installed
     wrong = dict(wrong)
     name = pipelines(wrong.pop("model", "flux"))
     settings, training = wrong.pop("settings", SETTINGS), wrong.pop("training", TRAINING)

@@ -25,6 +25,7 @@ from lm_eval.tasks import TaskManager
 import skipwise as sw
 from skipwise import cli
 from skipwise.blocks import find_contract
+from skipwise.evaluation.arguments import first_that_fits
 from skipwise.evaluation.harness import SkipwiseLM
 from skipwise.evaluation.likelihood import LikelihoodSettings, loglikelihoods
 from skipwise.plan import Phase, Plan
@@ -248,6 +249,82 @@ def test_chat_template(dllm: tuple[Any, Any]) -> None:
     assert lm.chat_template(True) == tokenizer.chat_template
 
 
+def test_what_lm_eval_calls_auto(dllm: tuple[Any, Any]) -> None:
+    """dtype=auto is the checkpoint's own; batch_size=auto is what fits, which on a CPU is no question."""
+    lm = SkipwiseLM("tiny-dllm", dtype="auto", batch_size="auto:4", tokenizer="tiny-ar")
+    assert (lm.batch_size, lm.likelihood.batch_size) == (8, 8)
+    assert next(lm.model.parameters()).dtype == torch.float32
+    assert SkipwiseLM("tiny-dllm", batch_size="auto", max_batch_size=3).batch_size == 3
+    tried: list[int] = []
+
+    def forward(rows: int) -> None:
+        tried.append(rows)
+        if rows > most:
+            raise RuntimeError("CUDA out of memory. Tried to allocate 2 GiB")
+
+    most = 20
+    assert first_that_fits(forward, 64) == 16
+    assert tried == [64, 32, 16]
+    most = 0
+    with pytest.raises(sw.UserError, match="no memory for a single row"):
+        first_that_fits(forward, 2)
+
+
+def test_an_adapter_of_peft(dllm: tuple[Any, Any], tmp_path: Path) -> None:
+    """As peft's own model generates, alone and under a plan; answers of the plain model are another cache."""
+    peft = pytest.importorskip("peft")
+    model, tokenizer = dllm
+    torch.manual_seed(3)
+    wrapped = peft.get_peft_model(
+        copy.deepcopy(model),
+        peft.LoraConfig(r=4, lora_alpha=400, target_modules=["q_proj", "up_proj"], init_lora_weights=False),
+    )
+    wrapped.save_pretrained(tmp_path / "adapter")
+    merged = wrapped.merge_and_unload()
+    asked = ask("generate_until", *[(f"s{n}141592=", {"until": [], "max_gen_toks": 7}) for n in range(4)])
+    pairs = ask("loglikelihood", ("s3141592=", "1123459"))
+    plain = SkipwiseLM(model, tokenizer=tokenizer, mc_num=4)
+    for plan in (None, plan_of(model, 3)):
+        ours = SkipwiseLM(model, tokenizer=tokenizer, peft=str(tmp_path / "adapter"), plan=plan, mc_num=4)
+        theirs = SkipwiseLM(merged, tokenizer=tokenizer, plan=plan, mc_num=4)
+        assert ours.generate_until(asked) == theirs.generate_until(asked)
+        assert ours.loglikelihood(pairs)[0][0] == pytest.approx(theirs.loglikelihood(pairs)[0][0], abs=1e-4)
+        assert ours.fingerprint not in (theirs.fingerprint, plain.fingerprint)
+    assert ours.generate_until(asked) != plain.generate_until(asked)
+    healed = plan_of(model, 3).with_adapter(tmp_path / "adapter")
+    with pytest.raises(sw.UserError, match="carries an adapter already"):
+        SkipwiseLM(model, tokenizer=tokenizer, peft=str(tmp_path / "adapter"), plan=healed)
+    (tmp_path / "adapter" / "adapter_model.safetensors").unlink()
+    with pytest.raises(sw.UserError, match=r"has no adapter_model\.safetensors"):
+        SkipwiseLM(model, tokenizer=tokenizer, peft=str(tmp_path / "adapter"))
+
+
+@pytest.mark.parametrize("name", ["tiny-dllm", "tiny-ar"])
+def test_generations_that_escape_until(name: str) -> None:
+    """As in Dream's official evaluation: only the end of text cuts."""
+    asked = ask("generate_until", ("s3141592=", {"until": ["3"], "max_gen_toks": 7}))
+    assert SkipwiseLM(name).generate_until(asked) == ["112"]
+    assert SkipwiseLM(name, escape_until=True).generate_until(asked) == ["1123459"]
+
+
+def test_a_begin_of_text_is_added_or_not(dllm: tuple[Any, Any]) -> None:
+    """Before prompts, contexts and what follows them, once; and not before what stands behind a prefix already."""
+    model, tokenizer = dllm[0], copy.deepcopy(dllm[1])
+    assert tokenizer.bos_token is None
+    lm, ids = SkipwiseLM(model, tokenizer=tokenizer, add_bos_token=True), tokenizer("s31")["input_ids"]
+    assert lm.tok_encode("s31") == [tokenizer.eos_token_id, *ids]
+    tokenizer.bos_token = "r"
+    bos = tokenizer.bos_token_id
+    assert lm.tok_encode("s31") == [bos, *ids]
+    assert lm.tok_encode("rs31") == [bos, *ids]
+    assert lm.tok_encode("s31", add_special_tokens=False) == ids
+    assert lm._encode_pair("s3", "1") == ([bos, *ids[:-1]], ids[-1:])
+    assert lm._prompt("s31", {"gen_length": 2}) == [bos, *ids]
+    assert lm._whole_text("s31") == ids
+    for never in (None, False):
+        assert SkipwiseLM(model, tokenizer=tokenizer, add_bos_token=never).tok_encode("s31") == ids
+
+
 class StoppedError(Exception):
     """Stands for a kill."""
 
@@ -311,7 +388,10 @@ def run(monkeypatch: pytest.MonkeyPatch, *arguments: object) -> int:
         ("pretrained=tiny-dllm,stepz=3", "stepz"),
         ("pretrained=tiny-dllm,gen_length=8,block_length=3", "block_length=3"),
         ("pretrained=tiny-dllm,gen_length=64", "leaves no room for a prompt"),
-        ("pretrained=tiny-dllm,batch_size=auto", "batch_size='auto'"),
+        ("pretrained=tiny-dllm,batch_size=some", "batch_size='some'"),
+        ("pretrained=tiny-dllm,batch_size=0", "batch_size=0"),
+        ("pretrained=tiny-dllm,peft=nothing", "peft=nothing has no adapter_config.json"),
+        ("pretrained=tiny-dllm,tokenizer=tiny-dlm", "Did you mean 'tiny-dllm'"),
         ("pretrained=tiny-dllm,trust_remote_code=True", "never run"),
         ("pretrained=tiny-ar,steps=8", "leave out steps"),
         ("pretrained=tiny-ar,mc_num=8", "leave out mc_num"),

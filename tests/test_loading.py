@@ -2,8 +2,10 @@
 
 import json
 import struct
+import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -22,7 +24,7 @@ def llama(tmp_path: Path) -> Path:
     return folder
 
 
-def fails(name: str, message: str, **settings: str) -> None:
+def fails(name: str, message: str, **settings: Any) -> None:
     with pytest.raises(sw.UserError, match=message) as caught:
         sw.load(name, **settings)
     assert "\n" not in str(caught.value)
@@ -60,6 +62,68 @@ def test_folder(llama: Path) -> None:
     expected = ROWS["llama"]().state_dict()
     assert all(torch.equal(tensor, expected[key]) for key, tensor in model.state_dict().items())
     assert sw.load(str(llama), dtype="bfloat16")[0].dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize(
+    ("dtype", "found"),
+    [(torch.bfloat16, torch.bfloat16), ("bf16", torch.bfloat16), ("fp16", torch.float16), ("auto", torch.float32)],
+)
+def test_dtypes_as_people_write_them(dtype: Any, found: torch.dtype) -> None:
+    assert sw.load("tiny-dllm", dtype=dtype)[0].dtype == found
+    assert next(sw.load_skeleton("tiny-dllm", dtype=dtype).parameters()).dtype == found
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"dtype": torch.int8}, "Unknown dtype 'torch.int8'. Available: bfloat16, float16, float32"),
+        ({"dtype": "float8"}, "Unknown dtype 'float8'"),
+        ({"device": "gpu"}, "device='gpu' is no device; use cpu"),
+        ({"device": "meta"}, "There is no device 'meta' for weights"),
+        ({"device": "xla:7"}, "There is no device 'xla:7' for weights"),
+        ({"device": "cpu", "device_map": "auto"}, "both place the weights; give one of them"),
+        ({"device_map": "everywhere"}, "cannot be loaded"),
+        ({"variant": "fp16"}, "model.fp16.safetensors"),
+        ({"quantization_config": 4}, r"quantization_config=4 is none; .*BitsAndBytesConfig\(load_in_4bit=True\)"),
+    ],
+)
+def test_settings_that_cannot_be(settings: dict[str, Any], message: str) -> None:
+    fails("tiny-dllm", message, **settings)
+
+
+def test_settings_are_checked_before_anything_is_read() -> None:
+    for settings in ({"dtype": "int3"}, {"device": "gpu"}, {"device": "cpu", "device_map": "auto"}):
+        with pytest.raises(sw.UserError) as caught:
+            sw.load("no such model", **settings)
+        assert "no such model" not in str(caught.value)
+
+
+def test_a_device_map_without_accelerate(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "accelerate", None)
+    fails(
+        "tiny-dllm",
+        r"needs accelerate, which is not installed. Install it with: pip install 'skipwise\[image\]'",
+        device_map="auto",
+    )
+
+
+@pytest.mark.parametrize("name", ["tiny-dllm", "tiny-text", "tiny-dit"])
+def test_a_device_map(name: str) -> None:
+    """Everything on one device, as accelerate or a dictionary places it: the same weights."""
+    plain = sw.load(name)[0].state_dict()
+    for wanted in ("auto", {"": "cpu"}):
+        placed = sw.load(name, device_map=wanted)[0].state_dict()
+        assert all(torch.equal(tensor, placed[key]) for key, tensor in plain.items())
+
+
+def test_a_variant_of_the_weights(llama: Path) -> None:
+    (llama / "model.safetensors").rename(llama / "model.fp16.safetensors")
+    assert sw.load(str(llama), variant="fp16")[0].config.num_hidden_layers == 4
+
+
+def test_another_tokenizer(llama: Path) -> None:
+    assert sw.load(str(llama))[1] is None
+    assert sw.load(str(llama), tokenizer="tiny-dllm")[1].get_vocab() == sw.load("tiny-dllm")[1].get_vocab()
 
 
 @pytest.mark.parametrize("name", ["gpt2", "bert", "modernbert", "gemma3", "diffusion_gemma"])

@@ -188,12 +188,8 @@ def spoil(folder: Path, what: str) -> None:
     elif what == "no pictures":
         (folder / "a.png").unlink()
         (folder / "b.jpg").unlink()
-    elif what == "notes.md":
-        (folder / "notes.md").write_text("# notes")
     elif what == "b.jpg":
         (folder / "b.jpg").write_bytes((folder / "b.jpg").read_bytes()[:-200])
-    elif what == "small.png is 40 x 29":
-        save(folder, "small.png", size=(40, 29))
     elif what == "a.mask.png is 10 x 10":
         save(folder, "a.mask.png", size=(10, 10), mode="L", colour=1)
     elif what == "a.mask.png marks nothing":
@@ -207,9 +203,7 @@ def spoil(folder: Path, what: str) -> None:
     [
         "one picture only",
         "no pictures",
-        "notes.md",
         "b.jpg",
-        "small.png is 40 x 29",
         "a.mask.png is 10 x 10",
         "a.mask.png marks nothing",
         "caption",

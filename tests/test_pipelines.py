@@ -1,19 +1,22 @@
 """diffusers pipelines under plans with phases: what runs at every step, and that the pipeline is left as it was."""
 
 import copy
+import inspect
 from types import SimpleNamespace
 from typing import Any
 
+import diffusers
 import pytest
 import torch
-from diffusers import FlowMatchEulerDiscreteScheduler, FluxPipeline, SanaPipeline
+from diffusers import FlowMatchEulerDiscreteScheduler, FluxPipeline, SanaPipeline, WanPipeline
 from torch import Tensor, nn
 
 import skipwise as sw
 from skipwise.blocks import find_contract
 from skipwise.plan import Phase, Plan
-from skipwise.sampling.pipelines import follow
-from tests.tiny_models import ROWS
+from skipwise.sampling.accounts import Share
+from skipwise.sampling.pipelines import follow, transformers_of
+from tests.tiny_models import ROWS, VIDEO
 
 
 def sana() -> tuple[Any, dict[str, Any]]:
@@ -134,3 +137,136 @@ def test_what_cannot_be_followed_is_refused() -> None:
         follow(pipeline, plan).__enter__()
     with pytest.raises(sw.UserError, match="SimpleNamespace has no transformer"):
         follow(SimpleNamespace(), plan).__enter__()
+
+
+def wan(second: nn.Module | None = None) -> tuple[Any, dict[str, Any]]:
+    """Wan2.2: the first expert denoises the first half of the noise levels, the second one the other half."""
+    first = VIDEO["wan"]()
+    scheduler = FlowMatchEulerDiscreteScheduler(shift=1.0)
+    second = other_weights(first) if second is None else second
+    pipeline = WanPipeline(None, None, None, scheduler, first, second, boundary_ratio=0.5)
+    embeddings = torch.randn(1, 6, first.config.text_dim, generator=torch.Generator().manual_seed(0))
+    call = {"prompt_embeds": embeddings, "height": 16, "width": 16, "num_frames": 5, "guidance_scale": 1.0}
+    return pipeline, call
+
+
+def film(pipeline: Any, call: dict[str, Any], **others: Any) -> Tensor:
+    pipeline.set_progress_bar_config(disable=True)
+    given = {"generator": torch.Generator().manual_seed(1), "output_type": "latent", "num_inference_steps": 4}
+    with torch.no_grad():
+        return pipeline(**call, **given, **others).frames
+
+
+def blocks_run(pipeline: Any) -> dict[str, list[int]]:
+    """component -> how many blocks ran in each of its calls, for as long as the pipeline lives."""
+    runs: dict[str, list[int]] = {}
+    for name, model in transformers_of(pipeline).items():
+        runs[name] = []
+        model.register_forward_pre_hook(lambda *_, name=name: runs[name].append(0))
+        for block in model.blocks:
+            block.register_forward_pre_hook(lambda *_, name=name: runs[name].__setitem__(-1, runs[name][-1] + 1))
+    return runs
+
+
+def test_both_experts_are_planned_and_counted() -> None:
+    pipeline, call = wan()
+    alone, ran = film(pipeline, call), blocks_run(pipeline)
+    whole = len(pipeline.transformer.blocks)
+    plan = Plan.static(find_contract(pipeline.transformer).shape, {"blocks": [1]})
+    with follow(pipeline, plan) as follower:
+        [runs.clear() for runs in ran.values()]
+        film(pipeline, call, callback_on_step_end=follower)
+        assert len(follower.forwards) == sum(map(len, ran.values())) == 4
+        assert set(ran["transformer"]) == set(ran["transformer_2"]) == {whole - 1}
+        calls = {name: len(runs) for name, runs in ran.items()}
+        apart, together = follower.accounts(), follower.account()  # pricing calls the models, too
+    assert {name: taken[None].forwards for name, taken in apart.items()} == calls
+    assert together[None] == sum((taken[None] for taken in apart.values()), Share())
+    assert together[None].block_flops < together[None].whole_all_in_flops
+    assert torch.equal(film(pipeline, call), alone)
+
+
+def test_each_expert_can_have_its_own_plan() -> None:
+    """Progress is the whole pipeline's: the second expert, which runs from the middle on, is in its last phase."""
+    pipeline, call = wan()
+    ran, whole = blocks_run(pipeline), len(pipeline.transformer.blocks)
+    shape = find_contract(pipeline.transformer).shape
+    late = Plan(model=shape, phases=(Phase(until=0.75), Phase(skip={"blocks": (0, 1)})))
+    with follow(pipeline, {"transformer_2": late}) as follower:
+        [runs.clear() for runs in ran.values()]
+        film(pipeline, call, callback_on_step_end=follower)
+    assert ran["transformer"] + ran["transformer_2"] == [whole, whole, whole, whole - 2]
+    with pytest.raises(sw.UserError, match=r"Unknown transformer of WanPipeline 'transformer2'\. Did you mean"):
+        follow(pipeline, {"transformer2": late}).__enter__()
+
+
+def test_a_lighter_model_stands_for_both_experts() -> None:
+    pipeline, call = wan()
+    light, shape = other_weights(pipeline.transformer), find_contract(pipeline.transformer).shape
+    experts = transformers_of(pipeline)
+    plan = Plan(model=shape, phases=(Phase(until=0.75, model="light"), Phase()))
+    with follow(pipeline, plan, {"light": light}) as follower:
+        film(pipeline, call, callback_on_step_end=follower)
+        assert {who: share.forwards for who, share in follower.account().items()} == {"light": 3, None: 1}
+        assert [running.running.model for running in follower.forwards] == ["light"] * 3 + [None]
+    assert transformers_of(pipeline) == experts
+
+
+def test_one_module_in_two_places_is_planned_once() -> None:
+    pipeline, call = wan()
+    pipeline.transformer_2 = pipeline.transformer
+    light, shape = other_weights(pipeline.transformer), find_contract(pipeline.transformer).shape
+    plan = Plan(model=shape, phases=(Phase(until=0.75, skip={"blocks": (1,)}), Phase(model="light")))
+    with follow(pipeline, plan, {"light": light}) as follower:
+        film(pipeline, call, callback_on_step_end=follower)
+    assert {who: share.forwards for who, share in follower.account().items()} == {None: 3, "light": 1}
+
+
+def test_plans_that_are_not_for_every_expert_are_refused() -> None:
+    config = {name: value for name, value in VIDEO["wan"]().config.items() if not name.startswith("_")}
+    deeper = diffusers.WanTransformer3DModel(**config | {"num_layers": config["num_layers"] + 1})
+    pipeline, _ = wan(deeper)
+    plan = Plan.static(find_contract(pipeline.transformer).shape, {"blocks": [1]})
+    with pytest.raises(sw.UserError, match=r"transformer_2: This plan was made for .* give each its own plan: follow"):
+        follow(pipeline, plan).__enter__()
+    pipeline, _ = wan()
+    width = pipeline.transformer.config.num_attention_heads * pipeline.transformer.config.attention_head_dim
+    fitted = plan.with_stand_ins("constant", {"0/blocks/1/bias": torch.zeros(width)})
+    with pytest.raises(sw.UserError, match="fitted to the weights of one; give each its own plan"):
+        follow(pipeline, fitted).__enter__()
+    assert not pipeline.transformer._forward_pre_hooks
+
+
+def test_a_pipeline_that_does_not_say_how_far_it_is() -> None:
+    """PixArt's takes another callback: phases cannot be followed, a static plan can. A callback may be forgotten."""
+    transformer = ROWS["pixart"]()
+    pipeline = diffusers.PixArtSigmaPipeline(None, None, None, transformer, None)
+    shape = find_contract(transformer).shape
+    skipped = Phase(until=0.5, skip={"transformer_blocks": (1,)})
+    with pytest.raises(sw.UserError, match="PixArtSigmaPipeline does not tell a callback how far it is"):
+        follow(pipeline, Plan(model=shape, phases=(skipped, Phase()))).__enter__()
+    with follow(pipeline, Plan.static(shape, {"transformer_blocks": [1]})):
+        assert len(transformer.transformer_blocks) < find_contract(transformer).stacks["transformer_blocks"].length
+    pipeline, call = sana()
+    plan = Plan(model=find_contract(pipeline.transformer).shape, phases=(skipped, Phase()))
+    with (
+        pytest.raises(sw.UserError, match="call the pipeline with callback_on_step_end=follower"),
+        follow(pipeline, plan),
+    ):
+        run(pipeline, call)
+
+
+def test_no_pipeline_of_diffusers_denoises_with_what_is_not_seen() -> None:
+    """Every class that takes several transformers of diffusers: all are found by name, or the pipeline is refused."""
+    several = {}
+    for name in dir(diffusers):
+        kind = getattr(diffusers, name) if name.endswith("Pipeline") else None
+        if inspect.isclass(kind) and issubclass(kind, diffusers.DiffusionPipeline):
+            parameters = inspect.signature(kind.__init__).parameters.values()
+            denoise = [p.name for p in parameters if "models.transformers" in str(p.annotation)]
+            if len(denoise) > 1:
+                several[name] = denoise
+    assert "WanPipeline" in several
+    assert "Ideogram4Pipeline" in several
+    seen = {name: [part for part in parts if "transformer" in part] for name, parts in several.items()}
+    assert all(len(parts) in (0, len(several[name])) for name, parts in seen.items()), several

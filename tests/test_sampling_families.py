@@ -15,6 +15,7 @@ from skipwise.plan import Phase, Plan
 from skipwise.sampling import Denoiser, DreamSettings, MDLMSettings
 from skipwise.sampling.dream import decode as dream_decode
 from skipwise.sampling.mdlm import decode as mdlm_decode
+from tests.plain_samplers import plain_dream
 from tests.tiny_models import ROWS
 
 MASK = 3
@@ -33,7 +34,11 @@ def dream() -> nn.Module:
     [{}, {"temperature": 0.7}, {"temperature": 1.0, "top_p": 0.8}, {"temperature": 0.5, "top_k": 5, "top_p": 0.9}],
 )
 @pytest.mark.parametrize("steps", [None, 5, 24])
-def test_dream_compat(dtype: torch.dtype, alg: Any, alg_temp: float, drawn: dict[str, Any], steps: int | None) -> None:
+@pytest.mark.parametrize("eos_penalty", [0.0, 3.0])
+def test_dream_compat(
+    dtype: torch.dtype, alg: Any, alg_temp: float, drawn: dict[str, Any], steps: int | None, eos_penalty: float
+) -> None:
+    drawn = drawn | {"eos_penalty": eos_penalty}
     model = ROWS["dream"]().to(dtype)
     prompt = torch.tensor([[0, 0, 9, 10, 11], [4, 5, 6, 7, 8]])
     mask = torch.tensor([[0, 0, 1, 1, 1], [1, 1, 1, 1, 1]])
@@ -65,6 +70,68 @@ def test_dream_hooks(dream: nn.Module) -> None:
         assert out[0].tolist() == [4, 9, 6, 7, 8, 5, 5, 5, 5]
         assert seen == [(None, True), *((i, False) for i in range(6))]
         assert torch.equal(out, official.dream(dream, prompt, torch.ones_like(prompt), settings))
+
+
+def test_dream_ends_late_under_a_penalty(dream: nn.Module) -> None:
+    """The token that pads is not chosen at first, though it is the likeliest, and is nearly free at the end."""
+    pad = dream.config.pad_token_id
+
+    def likely(step: int, x: Tensor, logits: Tensor) -> Tensor:
+        return logits.index_fill(-1, torch.tensor([pad]), 8.0)
+
+    given = {"gen_length": 8, "alg": "entropy", "stop_at_eos": False, "logits_hook": likely}
+    free = sw.generate(dream, torch.tensor([[4, 5]]), **given).sequences[0, 2:]
+    assert (free == pad).all()
+    late: list[Tensor] = []
+    held = sw.generate(
+        dream, torch.tensor([[4, 5]]), eos_penalty=3.0, on_step=lambda s: late.append(s.sequences.clone()), **given
+    )
+    assert not (late[1] == pad).any()
+    assert (held.sequences == pad).any()
+
+
+@pytest.mark.parametrize("alg", ["maskgit_plus", "topk_margin", "entropy"])
+@pytest.mark.parametrize("more", [{}, {"alg_temp": 0.3}, {"temperature": 0.8, "alg_temp": 1e-30}])
+def test_dream_commits_ends_last(alg: str, more: dict[str, float]) -> None:
+    """As the plain loop does: while another position is masked, no end of a text or of a turn is committed."""
+    model = ROWS["dream"]()
+    given = {"gen_length": 12, "alg": alg, "seed": 5, **more}
+    prompt = torch.tensor([[4, 5, 6], [7, 8, 9]])
+    plain = sw.generate(model, prompt, stop_at_eos=False, **given).sequences[:, 3:]
+    common = torch.bincount(plain.flatten()).argsort(descending=True).tolist()
+    model.config.eos_token_id, model.config.eot_token_id = common[0], common[1]
+    settings = {**given, "confidence_eos_eot_inf": True}
+    found = dream_decode(Denoiser(model), prompt, DreamSettings(**settings))
+    assert torch.equal(found, plain_dream(Denoiser(model), prompt, None, **settings))
+    assert not (found == MASK).any()
+
+    def sure_of_ends(step: int, x: Tensor, logits: Tensor) -> Tensor:
+        logits = logits.index_fill(-1, torch.tensor(common[:2]), -30.0)
+        logits[:, ::2, common[0]] = 30.0
+        return logits
+
+    seen: list[Tensor] = []
+    watched = {"on_step": lambda s: seen.append(s.sequences.clone()), "logits_hook": sure_of_ends}
+    last = sw.generate(model, prompt[:1], stop_at_eos=False, **settings, **watched).sequences[0, 3:]
+    assert (last[1::2] == common[0]).all()
+    half = seen[6][0, 3:]
+    assert (half[1::2] == MASK).all()
+    assert (half[::2] != MASK).all()
+
+
+def test_dream_settings_about_ends_that_cannot_be(dream: nn.Module, monkeypatch: pytest.MonkeyPatch) -> None:
+    prompt = torch.tensor([[4, 5]])
+    for settings, message in (
+        ({"confidence_eos_eot_inf": True}, "orders commits by confidence, which alg='origin' does not"),
+        ({"confidence_eos_eot_inf": True, "alg": "entropy", "compat": "dream"}, "which compat='dream' does not"),
+        ({"eos_penalty": -1.0}, "eos_penalty=-1.0 is negative"),
+    ):
+        with pytest.raises(sw.UserError, match=message):
+            sw.generate(dream, prompt, gen_length=4, **settings)
+    for name in ("pad_token_id", "eos_token_id"):
+        monkeypatch.setattr(dream.config, name, None)
+    with pytest.raises(sw.UserError, match=r"set config\.pad_token_id"):
+        sw.generate(dream, prompt, gen_length=4, eos_penalty=1.0)
 
 
 def test_dream_rows_have_their_own_quotas(dream: nn.Module) -> None:

@@ -23,7 +23,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from skipwise.errors import UserError, require
-from skipwise.quantised import meta_twin
+from skipwise.twins import meta_twin
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 _NAME = "default"  # peft's own name for the only adapter of a model

@@ -12,11 +12,16 @@ from itertools import pairwise
 from typing import Any, cast
 from weakref import WeakKeyDictionary
 
+import torch
 from torch import Tensor, nn
 
 from skipwise.errors import UserError
-from skipwise.examples import example_inputs, shapes_only
+from skipwise.examples import example_inputs, on_meta, run_example, shapes_only
+from skipwise.numbering import find_numbering
+from skipwise.per_layer import computed_lists, names_of_layers
 from skipwise.plan import ModelShape
+from skipwise.twins import twin
+from skipwise.wrapping import class_of, unwrap
 
 
 @dataclass(frozen=True)
@@ -37,7 +42,9 @@ class Stack:
     name: dotted path of the ModuleList; returns: length of the tuple a block returns, None for a bare tensor;
     in_place: the model minds a block's number, so a skipped block must leave something in its place: the caller hands
     each block what depends on its number (Chroma cuts the modulation by index), or uses a part of a block outside of it
-    (DiT embeds the timestep with block 0's norm); coupled: other lists whose block k shares weights with block k here
+    (DiT embeds the timestep with block 0's norm); numbered_by: optional arguments of the forward that loops over the
+    list, by which a caller gives things by block number (a ControlNet's residuals); counts_config: the loop also looks
+    up lists of the config by number; coupled: other lists whose block k shares weights with block k here
     (DiffusionGemma's encoder), which lose the same blocks.
     """
 
@@ -47,6 +54,8 @@ class Stack:
     streams: tuple[Stream, ...]
     returns: int | None
     in_place: bool = False
+    numbered_by: tuple[str, ...] = ()
+    counts_config: bool = False
     coupled: tuple[str, ...] = ()
 
     @property
@@ -108,21 +117,27 @@ _contracts: WeakKeyDictionary[nn.Module, Contract] = WeakKeyDictionary()
 def find_contract(model: nn.Module, example: Mapping[str, Any] | None = None) -> Contract:
     """The contract of a model, traced once and remembered.
 
-    example: keyword arguments of one forward; made by `skipwise.examples` when left out. Parameters may be on the meta
-    device. Raises UnplannableError, with the reasons, when no stack can be planned.
+    What is traced is a twin, so that the model itself, its hooks and its caches do not hear of it. Of a
+    wrapped model (torch.compile, DataParallel, peft, ...) it is the contract of what is inside.
+    example: keyword arguments of one forward; made by `skipwise.examples` when left out.
+    Raises UnplannableError, with the reasons, when no stack can be planned.
     """
+    model = unwrap(model)
     if model not in _contracts:
-        _contracts[model] = _trace_contract(model, example)
+        _contracts[model] = _trace_contract(twin(model), example)
     return _contracts[model]
 
 
 def _trace_contract(model: nn.Module, example: Mapping[str, Any] | None) -> Contract:
+    """The contract of a model that may be run."""
     lists = block_lists(model)
-    traces = trace_calls(model, lists, example_inputs(model) if example is None else example)
+    on_meta_device = next(model.parameters()).is_meta
+    inputs = example_inputs(model) if example is None else on_meta(model, example) if on_meta_device else example
+    traces = trace_calls(model, lists, inputs)
     refused: dict[str, str] = {}
     stacks: dict[str, Stack] = {}
     for name, blocks in lists.items():
-        reason = _refusal(traces[name].calls, blocks)
+        reason = _refusal(traces[name].calls, blocks) or _collected(model, name, traces[name].calls)
         if reason:
             refused[name] = reason
         else:
@@ -158,18 +173,19 @@ def module_list(model: nn.Module, name: str) -> nn.ModuleList:
 def trace_calls(model: nn.Module, lists: Mapping[str, nn.ModuleList], example: Mapping[str, Any]) -> dict[str, Trace]:
     """Run the model once on `example` and note every call of every module in `lists`, in order."""
     traces = {name: Trace() for name in lists}
-    with ExitStack() as hooks, shapes_only():
+    on_meta_device = any(parameter.is_meta for parameter in model.parameters())
+    with ExitStack() as hooks, shapes_only() if on_meta_device else torch.no_grad():
         for name, blocks in lists.items():
             for index, block in enumerate(blocks):
                 for handle in _record(block, index, traces[name]):
                     hooks.callback(handle.remove)
-        model(**example)
+        run_example(model, example)
     return traces
 
 
 def _record(block: nn.Module, index: int, trace: Trace) -> list[Any]:
     """Hooks that note the block's calls, and calls of its parts outside of it."""
-    signature = inspect.signature(type(block).forward)
+    signature = inspect.signature(class_of(block).forward)
 
     def enter(*_: Any) -> None:
         trace.running = index
@@ -214,6 +230,20 @@ def _refusal(calls: Sequence[Call], blocks: nn.ModuleList) -> str | None:
     return _long_skip(calls)
 
 
+def _collected(model: nn.Module, name: str, calls: Sequence[Call]) -> str | None:
+    """The reason to refuse when blocks also make something that is no stream, which the model then has for each block.
+
+    transformers' blocks do so with attention weights, which nothing but the output needs.
+    """
+    streams = {stream.output for stream in _links(calls[0], calls[1])}
+    made = [
+        place for place, output in calls[0].outputs().items() if isinstance(output, Tensor) and place not in streams
+    ]
+    if not made or layer_configs(model, name):
+        return None
+    return f"its blocks also return something that is no stream (at place {made[0]}), which the model collects"
+
+
 def _links(call: Call, following: Call) -> tuple[Stream, ...]:
     """The streams between two consecutive calls: outputs of the first that are arguments of the second."""
     return tuple(
@@ -250,16 +280,23 @@ def _describe(model: nn.Module, name: str, trace: Trace) -> Stack:
     calls, blocks = trace.calls, module_list(model, name)
     result = calls[0].result
     streams = _links(calls[0], calls[1])
-    per_layer = [
-        getattr(config, key) for config in layer_configs(model, name) for key in layer_list_names(config, len(calls))
-    ]
+    configs = layer_configs(model, name)
+    per_layer = [getattr(config, key) for config in configs for key in layer_list_names(config, len(calls))]
+    if not per_layer:
+        per_layer = [values for config in configs for values in computed_lists(config, len(calls)).values()]
+    owner, _, attribute = name.rpartition(".")
+    cut = {key for config in configs for key in names_of_layers(config, len(calls))}
+    numbering = find_numbering(model.get_submodule(owner), attribute, cut)
+    minds = trace.used_outside or _minds_numbers(calls, {stream.argument for stream in streams}, per_layer)
     return Stack(
         name=name,
         length=len(calls),
         block_class=type(blocks[0]).__name__,
         streams=streams,
         returns=len(result) if isinstance(result, tuple | list) else None,
-        in_place=trace.used_outside or _minds_numbers(calls, {stream.argument for stream in streams}, per_layer),
+        in_place=minds or numbering.always,
+        numbered_by=tuple(sorted(numbering.arguments)),
+        counts_config=numbering.counts_config,
     )
 
 

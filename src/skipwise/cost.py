@@ -19,11 +19,13 @@ from torch.overrides import TorchFunctionMode
 
 from skipwise.blocks import Contract, find_contract, module_list
 from skipwise.errors import unknown
-from skipwise.examples import Size, example_inputs, on_meta, shapes_only
+from skipwise.examples import Size, example_inputs, on_meta, run_example, shapes_only
 from skipwise.models import head_of
 from skipwise.plan import Phase, Plan
-from skipwise.quantised import Stored, bytes_of, meta_twin
+from skipwise.quantised import Stored, bytes_of
 from skipwise.skipping import whole
+from skipwise.twins import meta_twin
+from skipwise.wrapping import unwrap
 
 
 @dataclass
@@ -201,7 +203,7 @@ def price_blocks(
     """Price every block of a model by one forward on shapes alone; the model itself is neither run nor changed.
 
     Prices are remembered for each model and size."""
-    size = size or Size()
+    model, size = unwrap(model), size or Size()
     known = _known.setdefault(model, {})
     if example is not None or size not in known:
         with whole(model):
@@ -213,7 +215,7 @@ def price_blocks(
 
 
 def _price(model: nn.Module, size: Size, contract: Contract, example: Mapping[str, Any] | None) -> Prices:
-    twin = meta_twin(model).eval()
+    twin = meta_twin(model)
     owners = {
         block: (name, i)
         for name, stack in contract.stacks.items()
@@ -227,7 +229,7 @@ def _price(model: nn.Module, size: Size, contract: Contract, example: Mapping[st
     inputs = example_inputs(twin, size, device="meta") if example is None else on_meta(twin, example)
     streams: dict[str, Tensor] = {}
     with _attributing(meter, owners), _watching(twin, contract, streams), shapes_only(), meter:
-        twin(**inputs)
+        run_example(twin, inputs)
     _add_weights(meter, twin, owners)
     blocks = {
         name: tuple(meter.prices.get((name, i), Price()) for i in range(stack.length))
@@ -296,12 +298,13 @@ def _add_weights(meter: "Meter", model: nn.Module, owners: Mapping[nn.Module, tu
     charge(model, None)
 
 
-def _matmul(out: Tensor, a: Tensor, b: Tensor, *_: Any, **__: Any) -> int:
+def _matmul(out: Tensor, a: Tensor, *_: Any, **__: Any) -> int:
     return 2 * out.numel() * a.shape[-1]
 
 
-def _addmm(out: Tensor, bias: Tensor, a: Tensor, b: Tensor, *_: Any, **__: Any) -> int:
-    return 2 * out.numel() * a.shape[-1]
+def _addmm(out: Tensor, bias: Tensor, *factors: Any, **named: Any) -> int:
+    first = next(x for x in (*factors, named.get("mat1"), named.get("batch1")) if isinstance(x, Tensor))
+    return 2 * out.numel() * first.shape[-1]
 
 
 def _convolution(out: Tensor, x: Tensor, weight: Tensor, *_: Any, **__: Any) -> int:
@@ -312,9 +315,18 @@ def _einsum(out: Tensor, equation: str, *operands: Any, **__: Any) -> int:
     tensors = operands[0] if isinstance(operands[0], tuple | list) else operands
     if len(tensors) < 2:  # a permutation
         return 0
-    letters = zip(equation.replace(" ", "").split("->")[0].split(","), tensors, strict=True)
-    sizes = {letter: n for term, tensor in letters for letter, n in zip(term, tensor.shape, strict=True)}
+    terms = zip(equation.replace(" ", "").split("->")[0].split(","), tensors, strict=True)
+    sizes = {
+        letter: n for term, tensor in terms for letter, n in zip(_letters(term, tensor), tensor.shape, strict=True)
+    }
     return 2 * math.prod(sizes.values())
+
+
+def _letters(term: str, tensor: Tensor) -> str:
+    """One letter for each dimension; those that an ellipsis stands for are counted from the right, as torch does."""
+    before, dots, behind = term.partition("...")
+    left = tensor.ndim - len(before) - len(behind)
+    return before + "0123456789"[:left][::-1] + behind if dots else term
 
 
 def _attention(out: Tensor, query: Tensor, key: Tensor, value: Tensor, *_: Any, **__: Any) -> int:

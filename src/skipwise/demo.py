@@ -26,18 +26,20 @@ def run_demo(
     random_seeds: Sequence[int] = RANDOM_SEEDS,
     examples: int | None = None,
     on_progress: Progress | None = None,
+    tokenizer: str | None = None,
 ) -> tuple[list[Result], Path]:
     """Analyse every model, skip `skips` blocks by similarity and at random, evaluate, and report.
 
     Skip sets are chosen on calibration texts, scores are on test examples (`examples` a task; 200 prompts or 6 windows
-    of text when left out). Leaves analysis-NAME/, plans/, result-NAME.json and report.html in `output`. Returns the
-    results and the path of the report. Raises UserError before any work when the folder cannot be written.
+    of text when left out). tokenizer: of all the models, where it is not their own, as `skipwise.load` takes it.
+    Leaves analysis-NAME/, plans/, result-NAME.json and report.html in `output`. Returns the results and the path of the
+    report. Raises UserError before any work when the folder cannot be written.
     """
     output = check_writable(output)
     tell = on_progress or (lambda *_: None)
     results, analyses = [], []
     for name in names:
-        result, analysis = _one_model(name, output, skips, random_seeds, examples, tell)
+        result, analysis = _one_model(name, output, skips, random_seeds, examples, tell, tokenizer)
         results.append(result)
         analyses.append(analysis)
     return results, write_report(results, analyses, output / "report.html")
@@ -50,8 +52,9 @@ def _one_model(
     random_seeds: Sequence[int],
     examples: int | None,
     tell: Progress,
+    tokenizer_name: str | None,
 ) -> tuple[Result, Analysis]:
-    model, tokenizer = load(name)
+    model, tokenizer = load(name, tokenizer=tokenizer_name)
     label = name.strip("/").replace("/", "--")
     exact = default_tasks(tokenizer)[0] in TASKS
     texts = calibration_texts(tokenizer, 256 if exact else 12)

@@ -6,6 +6,7 @@ for by architecture, stack lengths and width, so that it can be checked before i
 
 import hashlib
 import json
+import operator
 import shutil
 import tempfile
 from collections.abc import Mapping, Sequence
@@ -115,10 +116,22 @@ class Plan(_Frozen):
 
     @classmethod
     def static(cls, model: ModelShape, skip: Mapping[str, Sequence[int]], made_by: Provenance | None = None) -> "Plan":
-        """A plan that skips the same blocks at every step."""
-        blocks = {stack: tuple(sorted(numbers)) for stack, numbers in skip.items() if len(numbers)}
+        """A plan that skips the same blocks at every step. Raises UserError for blocks that the model has not."""
+        blocks = {stack: tuple(sorted(set(numbers))) for stack, numbers in skip.items() if len(numbers)}
         made_by = made_by or Provenance(method="by hand")
-        return cls(model=model, phases=(Phase(skip=blocks),), made_by=made_by)
+        return cls.parse({"model": model, "phases": (Phase(skip=blocks),), "made_by": made_by}, source="")
+
+    @classmethod
+    def of(cls, model: ModelShape, what: "Plan | Sequence[int] | Mapping[str, Sequence[int]]") -> "Plan":
+        """A plan as it is, or a static one from block numbers: [3, 4] of a model's only stack, or {"stack": [3, 4]}.
+
+        Raises UserError for anything else, and for bare numbers where the model has several stacks.
+        """
+        if isinstance(what, Plan):
+            return what
+        if not isinstance(what, Mapping):
+            what = {_only_stack(model, what): what}
+        return cls.static(model, {stack: _numbers(stack, numbers) for stack, numbers in what.items()})
 
     @cached_property
     def is_static(self) -> bool:
@@ -257,11 +270,36 @@ class Plan(_Frozen):
 
     @classmethod
     def parse(cls, content: dict[str, Any], source: str = "plan") -> "Plan":
-        """Validate a plan from a dictionary; every problem is one line that begins with `source`."""
+        """Validate a plan from a dictionary; every problem is one line that begins with `source`, if there is one."""
         try:
             return cls.model_validate(content)
         except ValidationError as error:
-            raise UserError(f"{source}: {_first_problem(error, cls)}") from error
+            problem = _first_problem(error, cls)
+            raise UserError(f"{source}: {problem}" if source else problem) from error
+
+
+def _only_stack(model: ModelShape, numbers: Any) -> str:
+    if len(model.stacks) == 1:
+        return next(iter(model.stacks))
+    names = ", ".join(f'{{"{name}": {numbers}}}' for name in model.stacks)
+    raise UserError(f"Blocks {numbers} of which stack of {model.architecture}? Give one of: {names}.")
+
+
+def _numbers(stack: str, numbers: Any) -> list[int]:
+    """Whole numbers of any kind (range, set, numpy, tensor). Raises UserError for anything else."""
+    try:
+        if isinstance(numbers, str | bytes):
+            raise TypeError(f"{numbers!r} is text")
+        found = [operator.index(number) for number in numbers]
+    except TypeError as error:
+        raise UserError(
+            f"Blocks of {stack} are given as {numbers!r}: {error}; give whole numbers, such as [3, 4], or a Plan."
+        ) from error
+    if any(isinstance(number, bool) for number in numbers):
+        raise UserError(
+            f"Blocks of {stack} are given as {numbers!r}; give the numbers of those to skip, such as [3, 4]."
+        )
+    return found
 
 
 def _read_companion(path: Path) -> bytes:

@@ -4,18 +4,16 @@ Of a loaded model the bytes are those of its tensors: packed weights, scales, ze
 the config of a quantised checkpoint, they follow from the method's own layout (`LAYOUTS`).
 """
 
-import copy
 from collections.abc import Callable, Iterable, Mapping
 from math import ceil
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from torch.nn import functional
 
 from skipwise.errors import UserError
-
-HOOKS = ("_hf_hook", "_diffusers_hook")  # of accelerate and of diffusers, which may hold all weights of a model
 
 
 class Stored(nn.Linear):
@@ -32,36 +30,11 @@ class Stored(nn.Linear):
         return functional.linear(input, self.weight.to(input.dtype), bias)
 
 
-def meta_twin(model: nn.Module, by_shape: bool = True) -> nn.Module:
-    """A copy of the model on the meta device, without data and without the hooks of accelerate and diffusers.
-
-    It shares nothing that can be written with the model, whose tables of what it computed must not learn meta tensors.
-    by_shape: quantised layers become `Stored` ones, which run without their library.
-    """
-    memo: dict[int, Any] = {}
-    hooked = [(i, hook) for i, m in enumerate(model.modules()) for hook in HOOKS if hook in m.__dict__]
-    memo |= {id(m.__dict__[hook]): m.__dict__[hook] for m in model.modules() for hook in HOOKS if hook in m.__dict__}
-    dtype = _computed_in(model)
-    for module in model.modules():
-        if by_shape and is_quantised(module):
-            memo[id(module)] = _stored(module, dtype)
-            continue
-        memo |= {id(b): b.to("meta") for b in module.buffers(recurse=False)}
-        for parameter in module.parameters(recurse=False):
-            memo.setdefault(id(parameter), _hollow(parameter, dtype))
-    twin = copy.deepcopy(model, memo)
-    modules = list(twin.modules())
-    for number, hook in hooked:
-        for name in (hook, "forward", "_old_forward"):  # a hook stands before the class' own forward
-            modules[number].__dict__.pop(name, None)
-    return twin
-
-
 def bytes_of(tensor: Tensor) -> int:
     """Of a tensor, which may be made of several, or be a twin's."""
     if hasattr(tensor, "stored"):
         return tensor.stored
-    if hasattr(tensor, "__tensor_flatten__"):
+    if hasattr(tensor, "__tensor_flatten__") and not isinstance(tensor, DTensor):
         return sum(bytes_of(getattr(tensor, name)) for name in tensor.__tensor_flatten__()[0])
     return tensor.numel() * tensor.element_size()
 
@@ -70,23 +43,25 @@ def is_quantised(module: nn.Module) -> bool:
     """Whether a layer holds weights of its own that are packed or scaled, by whichever library."""
     own = [t for t in (*module._parameters.values(), *module._buffers.values()) if t is not None]
     packed = any(t.element_size() == 1 or t.dtype == torch.int32 for t in own if t.ndim > 1)
-    odd = any(type(p) is not nn.Parameter for p in module._parameters.values() if p is not None)
+    plain = (nn.Parameter, DTensor)  # a sharded parameter is a plain one in parts
+    odd = any(type(p) not in plain for p in module._parameters.values() if p is not None)
     return (packed or odd) and hasattr(module, "in_features") and hasattr(module, "out_features")
 
 
-def _stored(module: Any, dtype: torch.dtype) -> Stored:
+def stored_layer(module: Any, dtype: torch.dtype) -> Stored:
+    """What stands for a quantised layer in a twin."""
     bias = getattr(module, "bias", None)
     twin = Stored(int(module.in_features), int(module.out_features), bias is not None, device="meta", dtype=dtype)
     if bias is not None:
-        twin.bias = _hollow(nn.Parameter(bias, False), dtype)
+        twin.bias = hollow(nn.Parameter(bias, False), dtype)
     # bitsandbytes saves the shape and the like as one more tensor, which is not in memory as such
     state = {key: value for key, value in module.state_dict().items() if ".quant_state." not in key and key != "bias"}
     twin.stored = sum(bytes_of(value) for value in state.values() if isinstance(value, Tensor))
     return twin
 
 
-def _hollow(parameter: nn.Parameter, dtype: torch.dtype) -> nn.Parameter:
-    """On the meta device; one that is stored in a byte an element takes part in the dtype of the others."""
+def hollow(parameter: nn.Parameter, dtype: torch.dtype) -> nn.Parameter:
+    """A parameter on the meta device; one that is stored in a byte an element takes part in the dtype of the others."""
     small = parameter.is_floating_point() and parameter.element_size() == 1
     empty = torch.empty(parameter.shape, dtype=dtype if small else parameter.dtype, device="meta")
     twin = nn.Parameter(empty, parameter.requires_grad)
@@ -94,7 +69,8 @@ def _hollow(parameter: nn.Parameter, dtype: torch.dtype) -> nn.Parameter:
     return twin
 
 
-def _computed_in(model: Any) -> torch.dtype:
+def computed_in(model: Any) -> torch.dtype:
+    """The dtype that a model's products are made in."""
     said = getattr(model, "dtype", None)
     usable = [said, *(p.dtype for p in model.parameters())]
     return next((d for d in usable if d is not None and d.is_floating_point and d.itemsize > 1), torch.float32)

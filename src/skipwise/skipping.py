@@ -1,92 +1,32 @@
 """`with skip(model, plan):` the only code that changes a model. It puts back everything, also on an exception.
 
-A skipped block is removed from its list, with its entries in the config's per-layer lists and its place in the KV
-cache, so that the model is the one with those blocks deleted and pays nothing for them. Where the model minds a block's
-number (`Stack.in_place`), the block's place is kept by a module that returns its streams. Stand-ins, where a plan has
-them, ride on the kept block before them.
+The model's forward does not see a skipped block in its list any more, nor its entries in the config's per-layer lists
+and its place in the KV cache, so that the model is the one with those blocks deleted and pays nothing for them. Where
+the model minds a block's number (`Stack.in_place`), the block's place is kept by a module that returns its streams.
+Stand-ins, where a plan has them, ride on the kept block before them. A model that other libraries have wrapped
+(torch.compile, DataParallel, peft, ...) is planned as what is inside.
 """
 
-import inspect
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any
 from weakref import WeakKeyDictionary
 
 from torch import Tensor, nn
 
 from skipwise.adapters import merged
-from skipwise.blocks import Contract, Stack, find_contract, layer_configs, layer_list_names, module_list
+from skipwise.blocks import Contract, Stack, find_contract, layer_configs, module_list
 from skipwise.errors import UserError
+from skipwise.guards import KeptPlaces, watch_calls
+from skipwise.kept import Accompanied, PassThrough, Undo, every_block, keep
+from skipwise.per_layer import changed_settings, check_shared_keys, computed_lists, with_lists
 from skipwise.plan import Plan
 from skipwise.stand_ins import Linear, build
+from skipwise.step_caches import cache_off, check_caches, check_places, end_cache_dit
+from skipwise.wrapping import unwrap
 
-Undo = Callable[[], None]
 Skipped = dict[str, frozenset[int]]  # stack name -> block numbers
-
-
-class PassThrough(nn.Module):
-    """Stands where a block stood and returns its streams as they came in. Has no parameters and no hook.
-
-    Whoever asks it for a part of the block (DiT takes the timestep embedding from block 0) gets that part.
-    """
-
-    def __init__(self, block: nn.Module, stack: Stack):
-        super().__init__()
-        self.__dict__["block"] = block  # not as a submodule: its parameters are not this one's
-        self.places = _places(block, stack)
-        self.outputs = [stream.output for stream in stack.streams]
-        self.returns = stack.returns
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self.__dict__["block"], name)
-
-    def forward(self, *args: Any, **kwargs: Any) -> Tensor | tuple[Tensor | None, ...]:
-        """The streams, in the places in which the block returns them; other places hold None."""
-        streams = [kwargs[name] if name in kwargs else args[place] for name, place in self.places]
-        if self.returns is None:
-            return streams[0]
-        by_place = dict(zip(self.outputs, streams, strict=True))
-        return tuple(by_place.get(place) for place in range(self.returns))
-
-
-class Accompanied(nn.Module):
-    """A block with the stand-ins of skipped blocks before and behind it, so that these take no place in the list.
-
-    Whoever asks it for what it lacks gets it from the block.
-    """
-
-    def __init__(self, block: nn.Module, stack: Stack, before: Sequence[nn.Module], behind: Sequence[nn.Module]):
-        super().__init__()
-        self.block = block
-        self.before, self.behind = nn.Sequential(*before), nn.Sequential(*behind)
-        ((self.argument, self.place),) = _places(block, stack)
-        self.output = stack.streams[0].output
-
-    def __getattr__(self, name: str) -> Any:
-        try:
-            return super().__getattr__(name)
-        except AttributeError:
-            return getattr(super().__getattr__("block"), name)
-
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """What the block returns, with the stream changed before it goes in and when it comes out."""
-        if self.argument in kwargs:
-            kwargs[self.argument] = self.before(kwargs[self.argument])
-        else:
-            args = (*args[: self.place], self.before(args[self.place]), *args[self.place + 1 :])
-        result = self.block(*args, **kwargs)
-        if self.output is None:
-            return self.behind(result)
-        return (*result[: self.output], self.behind(result[self.output]), *result[self.output + 1 :])
-
-
-def _places(block: nn.Module, stack: Stack) -> list[tuple[str, int]]:
-    """(name, position) of each stream's argument."""
-    if isinstance(block, PassThrough):
-        return block.places
-    names = list(inspect.signature(type(block).forward).parameters)[1:]
-    return [(stream.argument, names.index(stream.argument)) for stream in stack.streams]
 
 
 @dataclass(frozen=True)
@@ -131,6 +71,7 @@ class Skipping:
         """Skip what the plan skips at `progress` through the trajectory (0 = all noise, 1 = done)."""
         wanted = self._cuts[self.plan.phase_number(progress)]
         if self._undo is None or wanted != self.cut:
+            check_caches(self._model, self.plan.is_static)
             self._restore()
             self._undo = apply(self._model, self._contract, wanted)
             self.cut = wanted
@@ -159,15 +100,24 @@ _active: WeakKeyDictionary[nn.Module, list[Skipping]] = WeakKeyDictionary()
 
 
 @contextmanager
-def skip(model: nn.Module, plan: Plan, example: Mapping[str, Any] | None = None) -> Iterator[Skipping]:
+def skip(
+    model: nn.Module,
+    plan: Plan | Sequence[int] | Mapping[str, Sequence[int]],
+    example: Mapping[str, Any] | None = None,
+) -> Iterator[Skipping]:
     """Run the model under a plan inside the `with`; the model is what it was afterwards, also on an exception.
 
-    Block numbers always mean the whole model's. Nested plans add up: a block is skipped when any of them skips it.
+    plan: a Plan; or the numbers of blocks, [3, 4], of a model with one stack of blocks; or {"stack": [3, 4]}.
+    Block numbers always mean the whole model's, also in arguments that name blocks by number (a ControlNet's
+    residuals). Nested plans add up: a block is skipped when any of them skips it.
     A plan's stand-ins take the skipped blocks' places in the stream, its adapter is merged into the weights.
+    A cache of diffusers that is on (`enable_cache`) begins anew, for the blocks that are left, and again on leaving.
     example: keyword arguments of one forward, for a model that `skipwise.examples` has no inputs for.
-    Raises UserError when the plan was made for another model.
+    Raises UserError when the plan was made for another model, and at calls that a plan does not go with.
     """
+    model = unwrap(model)
     contract = find_contract(model, example)
+    plan = Plan.of(contract.shape, plan)
     plan.check_model(contract.shape)
     named = next((phase.model for phase in plan.phases if phase.model), None)
     if named:
@@ -195,14 +145,14 @@ def skip(model: nn.Module, plan: Plan, example: Mapping[str, Any] | None = None)
 
 def cut_now(model: nn.Module) -> Cut:
     """What the plans in force cut out at this moment."""
-    stack = _active.get(model, [])
+    stack = _active.get(unwrap(model), [])
     return stack[-1].cut if stack else Cut()
 
 
 @contextmanager
 def whole(model: nn.Module) -> Iterator[None]:
     """The model without the plans that are in force around this; they are back afterwards."""
-    stack = _active.get(model, [])
+    stack = _active.get(unwrap(model), [])
     if stack:
         stack[-1]._restore()
     try:
@@ -240,14 +190,29 @@ def placing(model: nn.Module, modules: Mapping[str, Mapping[int, nn.Module]]) ->
 def apply(model: nn.Module, contract: Contract, cut: Cut) -> Undo:
     """Cut blocks out of the model and return the function that puts everything back."""
     undo: list[Undo] = []
+    lists: dict[str, nn.ModuleList] = {}
+    check_caches(model, static=True)
     try:
-        for name, numbers in cut.skipped.items():
-            if numbers:
-                _cut(model, contract.stacks[name], numbers, cut.stand_ins.get(name, {}), undo)
+        with cache_off(model):
+            for name, numbers in cut.skipped.items():
+                if numbers:
+                    lists[name] = module_list(model, name)
+                    _cut(model, contract.stacks[name], numbers, cut.stand_ins.get(name, {}), undo)
+        if lists:
+            in_place = any(contract.stacks[name].in_place for name in lists)
+            undo.append(watch_calls(model, lists, in_place))
+            if in_place:
+                check_places(model)
     except BaseException:
         _put_back(undo)
         raise
-    return lambda: _put_back(undo)
+    return lambda: _leave(model, undo)
+
+
+def _leave(model: nn.Module, undo: list[Undo]) -> None:
+    end_cache_dit(model)
+    with cache_off(model):
+        _put_back(undo)
 
 
 def _put_back(undo: list[Undo]) -> None:
@@ -260,10 +225,13 @@ def _cut(
 ) -> None:
     if stand_ins:
         check_stand_ins(stack)
+    check_shared_keys(stack.name, every_block(module_list(model, stack.name)), numbers)
     if stack.in_place:
         _pass_through(model, stack, numbers, undo)
-    else:
-        _remove(model, stack, numbers, stand_ins, undo)
+        return
+    _remove(model, stack, numbers, stand_ins, undo)
+    for _, owner, blocks in _lists(model, stack) if stack.numbered_by else ():
+        undo.append(KeptPlaces(model, owner, blocks, stack, numbers, bool(stand_ins)).watch())
 
 
 def check_stand_ins(stack: Stack) -> None:
@@ -281,17 +249,18 @@ def _set(owner: Any, name: str, value: Any, undo: list[Undo]) -> None:
     undo.append(lambda: setattr(owner, name, before))
 
 
-def _lists(model: nn.Module, stack: Stack) -> Iterator[tuple[str, nn.Module, str, nn.ModuleList]]:
-    """(path, owner, attribute, list) of a stack and of those coupled with it."""
+def _lists(model: nn.Module, stack: Stack) -> Iterator[tuple[str, nn.Module, nn.ModuleList]]:
+    """(path, owner, list) of a stack and of those coupled with it."""
     for path in (stack.name, *stack.coupled):
-        owner, _, attribute = path.rpartition(".")
-        yield path, model.get_submodule(owner), attribute, module_list(model, path)
+        yield path, model.get_submodule(path.rpartition(".")[0]), module_list(model, path)
 
 
 def _pass_through(model: nn.Module, stack: Stack, numbers: frozenset[int], undo: list[Undo]) -> None:
-    for path in (stack.name, *stack.coupled):
-        blocks = module_list(model, path)
-        _put(model, path, {number: PassThrough(blocks[number], stack) for number in numbers}, undo)
+    for _, _, blocks in _lists(model, stack):
+        whole = every_block(blocks)
+        undo.append(
+            keep(blocks, range(stack.length), {number: PassThrough(whole[number], stack) for number in numbers})
+        )
 
 
 def _put(model: nn.Module, path: str, modules: Mapping[int, nn.Module], undo: list[Undo]) -> None:
@@ -308,12 +277,17 @@ def _remove(
     if not kept and stand_ins:
         kept = [0]  # a pass-through, because stand-ins need a place in the list
     configs: dict[int, Any] = {}
-    for path, owner, attribute, blocks in _lists(model, stack):
+    for path, _, blocks in _lists(model, stack):
         configs |= {id(config): config for config in layer_configs(model, path)}
+        whole = every_block(blocks)
         for new, old in enumerate(kept):
-            _renumber(blocks[old], old, new, undo)
-        left = [PassThrough(blocks[i], stack) if i in numbers else blocks[i] for i in kept]
-        _set(owner, attribute, nn.ModuleList(_accompany(left, stack, kept, stand_ins) if stand_ins else left), undo)
+            _renumber(whole[old], old, new, undo)
+        left = [PassThrough(whole[i], stack) if i in numbers else whole[i] for i in kept]
+        if stand_ins:
+            left = _accompany(left, stack, kept, stand_ins)
+        undo.append(
+            keep(blocks, kept, {i: block for i, block in zip(kept, left, strict=True) if block is not whole[i]})
+        )
     for config in configs.values():
         _shorten(config, stack.length, kept, undo)
 
@@ -336,17 +310,16 @@ def _renumber(block: nn.Module, old: int, new: int, undo: list[Undo]) -> None:
     for module in block.modules():
         if old != new and getattr(module, "layer_idx", None) == old:
             _set(module, "layer_idx", new, undo)
+        if old != new and getattr(module, "layer_id", None) == old:  # GPT-Neo's name
+            _set(module, "layer_id", new, undo)
 
 
 def _shorten(config: Any, length: int, kept: list[int], undo: list[Undo]) -> None:
-    """Leave only the kept blocks' entries in the config's per-layer lists, from which caches and masks are made."""
-    for key in layer_list_names(config, length):
-        values = getattr(config, key)
-        _set(config, key, type(values)(values[i] for i in kept), undo)
-    spec = getattr(config, "_heterogeneity_spec", None)  # transformers' overrides by layer number (DiffusionGemma)
-    if spec is not None:
-        overrides = {
-            new: spec.per_layer_overrides[old] for new, old in enumerate(kept) if old in spec.per_layer_overrides
-        }
-        _set(config, "_heterogeneity_spec", replace(spec, per_layer_overrides=overrides), undo)
-    _set(config, "num_hidden_layers", len(kept), undo)
+    """Leave only what is said of the kept blocks in the config, from which caches and masks are made."""
+    computed = computed_lists(config, length)
+    for name, value in changed_settings(config, length, kept).items():
+        _set(config, name, value, undo)
+    lists = {name: [values[old] for old in kept] for name, values in computed.items()}
+    wrong = {name: values for name, values in lists.items() if getattr(config, name) != values}
+    if wrong:  # what is left of a period need not be one
+        _set(config, "__class__", with_lists(type(config), wrong), undo)

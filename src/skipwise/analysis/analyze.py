@@ -56,6 +56,10 @@ def analyze(
     of all. on_progress(done, total) is called after every batch of this process.
     Raises UserError for an empty list of texts and for unknown parts.
     """
+    if kind_of(model) == "block diffusion":
+        raise UserError(
+            f"{type(model).__name__} cannot be analysed: it reads a prompt and writes a canvas by its own sampler."
+        )
     parts = check_parts(parts)
     samples = tokenize(tokenizer, texts, max_tokens)
     settings = {"noise_levels": noise_levels, "step_bins": step_bins, "max_steps": max_steps, "seed": seed}

@@ -85,7 +85,12 @@ class Run:
         elif self.stack == "model.layers" and not watched(model) and is_lean(model.model, None):
             run(model.model, ids)
         else:
-            model(input_ids=ids)
+            model(**self._reads(ids))
+
+    def _reads(self, ids: Tensor) -> dict[str, Tensor]:
+        """The inputs of one forward; an encoder-decoder reads a text and is given the same text to write."""
+        both = getattr(self.model.config, "is_encoder_decoder", False)
+        return {"input_ids": ids} | ({"decoder_input_ids": ids} if both else {})
 
     def _masked(self, batch: Batch, ids: Tensor, level: float) -> Tensor:
         return ids.masked_fill((batch.noise(self.seed) < level).to(self.device), mask_token(self.model))
@@ -168,7 +173,7 @@ class Run:
                 batch = Batch((probe,))
                 for level in levels:
                     ids = batch.ids.to(self.device)
-                    self.model(input_ids=self._masked(batch, ids, level) if level else ids)
+                    self.model(**self._reads(self._masked(batch, ids, level) if level else ids))
                 self._tick()
         add_up([statistics])
         return statistics.tensors()

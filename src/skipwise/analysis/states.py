@@ -15,9 +15,11 @@ import torch
 from torch import Tensor, nn
 
 from skipwise.analysis.sums import Sums
-from skipwise.blocks import Stack, bind, module_list
+from skipwise.blocks import Stack, bind, module_list, trace_calls
 from skipwise.errors import UserError
+from skipwise.examples import example_inputs
 from skipwise.models.hooks import Onlooker
+from skipwise.twins import twin
 
 _EPSILON = 1e-24  # of a squared norm
 _FEWEST = 32  # tokens that are looked at at once
@@ -141,7 +143,20 @@ class StateReader:
         # of several streams the one that a block takes first: the image's, which the last block returns too
         order = list(self._signature.parameters)
         self.stream = min(stack.streams, key=lambda stream: order.index(stream.argument))
+        self._tokens_first = self._takes_tokens_first(model, stack)
         self._states: list[Tensor] = []
+
+    def _takes_tokens_first(self, model: nn.Module, stack: Stack) -> bool:
+        """Whether states are (length, batch, width), as XLNet's and FSMT's: seen in a call of one short text."""
+        other = twin(model)
+        traces = trace_calls(other, {stack.name: module_list(other, stack.name)}, example_inputs(other))
+        state = traces[stack.name].calls[0].arguments[self.stream.argument]
+        return state.shape[0] > 1 and state.shape[1] == 1
+
+    def _by_text(self, state: Tensor) -> Tensor:
+        """(batch, length, width); what a token has in several streams (hyper-connections) side by side."""
+        state = state.transpose(0, 1) if self._tokens_first else state
+        return state.flatten(2) if state.ndim > 3 else state
 
     @contextmanager
     def reading(self) -> Iterator["StateReader"]:
@@ -149,8 +164,8 @@ class StateReader:
 
         def look(module: nn.Module, args: tuple, kwargs: dict[str, Any], result: Any) -> None:
             if module is self._blocks[0]:
-                self._states = [bind(self._signature, module, args, kwargs)[self.stream.argument]]
-            self._states.append(result if self.stream.output is None else result[self.stream.output])
+                self._states = [self._by_text(bind(self._signature, module, args, kwargs)[self.stream.argument])]
+            self._states.append(self._by_text(result if self.stream.output is None else result[self.stream.output]))
 
         onlooker = Onlooker(look)
         handles = [block.register_forward_hook(onlooker, with_kwargs=True) for block in self._blocks]

@@ -37,22 +37,31 @@ class Subject:
 
 
 def prepare(
-    name: str, *, random: bool = False, dtype: str | None = None, device: str | None = None, seed: int = 0
+    name: str,
+    *,
+    random: bool = False,
+    dtype: str | None = None,
+    device: str | None = None,
+    seed: int = 0,
+    tokenizer: str | None = None,
 ) -> Subject:
     """The model of this name; `random`: of its shape, with random weights, which needs no more than a config.
 
+    tokenizer: another one than the model's own, as `load` takes it; random weights are given random tokens.
     Raises UserError as `load` does, for an image model, and for random weights that would not fit in memory.
     """
+    if random and tokenizer:
+        raise UserError(f"Random weights are timed on random tokens; leave out --tokenizer {tokenizer}.")
     if not random:
-        model, tokenizer = load(name, dtype=dtype, device=device)
+        model, words = load(name, dtype=dtype, device=device, tokenizer=tokenizer)
     else:
         target = read_device(device) or torch.device("cuda" if torch.cuda.is_available() else "cpu")
         chosen = read_dtype(dtype) or (torch.bfloat16 if target.type == "cuda" else torch.float32)
         check_fits(load_skeleton(name, dtype=chosen), name, target)
-        model, tokenizer = load_random(name, dtype=chosen, device=target, seed=seed), None
+        model, words = load_random(name, dtype=chosen, device=target, seed=seed), None
     if kind_of(model) not in ("masked diffusion", "autoregressive"):
         raise UserError(f"{name} is a model of the kind {kind_of(model)!r}; bench times models that write text.")
-    return Subject(name, model, tokenizer, random)
+    return Subject(name, model, words, random)
 
 
 def check_fits(skeleton: nn.Module, name: str, device: torch.device) -> None:

@@ -8,7 +8,7 @@ import typer
 from skipwise.analysis import PARTS, Analysis, Comparison, analyze, compare
 from skipwise.analysis.analyze import check_parts
 from skipwise.analysis.processes import joined
-from skipwise.cli.common import Device, Dtype, ModelName, console, progress_bar, read_lines
+from skipwise.cli.common import Device, Dtype, ModelName, TokenizerName, console, progress_bar, read_lines
 from skipwise.evaluation import calibration_texts
 from skipwise.files import check_writable
 from skipwise.loading import load
@@ -28,6 +28,7 @@ def command(
     beside: Annotated[
         str | None, typer.Option(help="Another model of equal shape, such as the one this was initialised from.")
     ] = None,
+    tokenizer_name: TokenizerName = None,
     dtype: Dtype = None,
     device: Device = None,
 ) -> None:
@@ -40,8 +41,8 @@ def command(
     check_writable(output)
     chosen_parts = check_parts([part.strip() for part in parts.split(",") if part.strip()])
     with joined() as writes, progress_bar() as tell:
-        network, tokenizer = load(model, dtype=dtype, device=device)
-        other = load(beside, dtype=dtype, device=device)[0] if beside else None
+        network, tokenizer = load(model, dtype=dtype, device=device, tokenizer=tokenizer_name)
+        other = load(beside, dtype=dtype, device=device, tokenizer=tokenizer)[0] if beside else None
         chosen = read_lines(texts) if texts else calibration_texts(tokenizer, count)
 
         def settings(what: str) -> dict[str, Any]:

@@ -11,7 +11,7 @@ from skipwise.benchmarking import BenchResult, BenchSettings, bench
 from skipwise.benchmarking.modes import THRESHOLD
 from skipwise.benchmarking.result import Row
 from skipwise.benchmarking.subject import prepare
-from skipwise.cli.common import Device, Dtype, ModelName, console, progress_bar
+from skipwise.cli.common import Device, Dtype, ModelName, TokenizerName, console, progress_bar
 from skipwise.files import check_writable, write_atomically
 from skipwise.plan import Plan
 from skipwise.sampling import FAMILIES
@@ -37,6 +37,7 @@ def command(
     rounds: Annotated[int, typer.Option(help="Every mode runs once in each, in turns.", min=1)] = 5,
     seed: Annotated[int, typer.Option(help="Of prompts, noise and random weights.")] = 0,
     json_file: Annotated[Path | None, typer.Option("--json", help="Write the result here, too.")] = None,
+    tokenizer_name: TokenizerName = None,
     dtype: Dtype = None,
     device: Device = None,
 ) -> None:
@@ -58,7 +59,7 @@ def command(
     loaded = Plan.load(plan) if plan else None
     if json_file:
         check_writable(json_file.parent)
-    subject = prepare(model, random=random_weights, dtype=dtype, device=device, seed=seed)
+    subject = prepare(model, random=random_weights, dtype=dtype, device=device, seed=seed, tokenizer=tokenizer_name)
     with progress_bar() as tell:
         result = bench(subject, loaded, settings, lambda what, *at: tell(f"{model}: {what}", *at))
     show(result)

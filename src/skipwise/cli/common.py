@@ -49,6 +49,10 @@ WouldBeDtype = Annotated[
     ),
 ]
 Device = Annotated[str | None, typer.Option(help="Such as cpu or cuda.", callback=_checked_device)]
+TokenizerName = Annotated[
+    str | None,
+    typer.Option("--tokenizer", help="Another tokenizer than the model's own: a folder, a hub id or a model's name."),
+]
 
 
 @contextmanager
@@ -72,10 +76,16 @@ def progress_bar() -> Iterator[Callable[..., None]]:
 
 
 def calibrate(
-    model: str, texts: Path | None, count: int, dtype: str | None, device: str | None, batch_size: int
+    model: str,
+    texts: Path | None,
+    count: int,
+    dtype: str | None,
+    device: str | None,
+    batch_size: int,
+    tokenizer_name: str | None = None,
 ) -> Calibration:
     """The model loaded, with calibration texts from a file or built in."""
-    network, tokenizer = load(model, dtype=dtype, device=device)
+    network, tokenizer = load(model, dtype=dtype, device=device, tokenizer=tokenizer_name)
     chosen = read_lines(texts) if texts else calibration_texts(tokenizer, count)
     return Calibration.of(network, tokenizer, chosen, batch_size=batch_size)
 

@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from skipwise.cli.common import console, progress_bar
+from skipwise.cli.common import TokenizerName, console, progress_bar
 from skipwise.demo import run_demo
 from skipwise.errors import UserError
 from skipwise.report import table
@@ -17,6 +17,7 @@ def command(
     ] = None,
     output: Annotated[Path | None, typer.Option("--output", "-o", help="Folder for everything; runs/demo.")] = None,
     examples: Annotated[int | None, typer.Option(help="Prompts a task (200), or windows of a text (6).", min=1)] = None,
+    tokenizer_name: TokenizerName = None,
     image: Annotated[
         bool,
         typer.Option("--image", help="Personalise a pipeline like tiny-dit by LoRA and BlockSkip instead."),
@@ -27,12 +28,16 @@ def command(
     Examples: skipwise demo    |    skipwise demo --model smollm2-135m    |    skipwise demo --model org/name
     """
     if image:
-        if examples or len(model or ()) > 1:
-            raise UserError("--image has pictures of its own and takes one model; leave out --examples.")
+        if examples or tokenizer_name or len(model or ()) > 1:
+            raise UserError(
+                "--image has pictures of its own and takes one model; leave out --examples and --tokenizer."
+            )
         return _image(model[0] if model else None, output or Path("runs/demo-image"))
     with progress_bar() as tell:
         names = model or ("tiny-dllm", "tiny-ar")
-        results, page = run_demo(names, output or Path("runs/demo"), examples=examples, on_progress=tell)
+        results, page = run_demo(
+            names, output or Path("runs/demo"), examples=examples, on_progress=tell, tokenizer=tokenizer_name
+        )
     for result in results:
         console.print(table(result))
     console.print(f"report: {page}", highlight=False)

@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from skipwise.cli.common import Device, Dtype, ModelName, console, progress_bar
+from skipwise.cli.common import Device, Dtype, ModelName, TokenizerName, console, progress_bar
 from skipwise.evaluation import evaluate
 from skipwise.files import check_writable
 from skipwise.loading import load
@@ -22,6 +22,7 @@ def command(
     examples: Annotated[int | None, typer.Option(help="Prompts a task (500), or windows of a text (8).", min=1)] = None,
     seed: Annotated[int, typer.Option(help="Of the examples and the bootstrap.")] = 0,
     output: Annotated[Path, typer.Option("--output", "-o", help="Where to write the Result.")] = Path("result.json"),
+    tokenizer_name: TokenizerName = None,
     dtype: Dtype = None,
     device: Device = None,
 ) -> None:
@@ -31,7 +32,7 @@ def command(
     """
     plans = [Plan.load(path) for path in plan or []]
     check_writable(output.parent)
-    network, tokenizer = load(model, dtype=dtype, device=device)
+    network, tokenizer = load(model, dtype=dtype, device=device, tokenizer=tokenizer_name)
     with progress_bar() as tell:
         result = evaluate(
             network,

@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 import typer
 from torch import nn
 
-from skipwise.cli.common import Device, Dtype, JudgeDtype, ModelName, console, progress_bar
+from skipwise.cli.common import Device, Dtype, JudgeDtype, ModelName, TokenizerName, console, progress_bar
 from skipwise.errors import UserError
 from skipwise.evaluation.writing import Writing, family_of
 from skipwise.files import check_writable
@@ -41,6 +41,7 @@ def command(
     ] = None,
     seed: Annotated[int, typer.Option(help="Of the examples, the search and the bootstrap.")] = 0,
     output: Annotated[Path, typer.Option("--output", "-o", help="Folder to write to.")] = Path("front"),
+    tokenizer_name: TokenizerName = None,
     dtype: Dtype = None,
     device: Device = None,
 ) -> None:
@@ -60,7 +61,7 @@ def command(
     check_writable(output)
     if task and judge:
         raise UserError("--task and --judge are two measures of quality, and a front has one; leave out either.")
-    network, tokenizer = load(model, dtype=dtype, device=device)
+    network, tokenizer = load(model, dtype=dtype, device=device, tokenizer=tokenizer_name)
     written = [_writing(network, name, judge_dtype, examples or 64, seed) for name in judge or []]
     with progress_bar() as tell:
         found = find_front(

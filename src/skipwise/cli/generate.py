@@ -5,9 +5,9 @@ from typing import Annotated, Any
 
 import typer
 
-from skipwise.cli.common import Device, Dtype, ModelName, console, settings_from
+from skipwise.cli.common import Device, Dtype, ModelName, TokenizerName, console, settings_from
 from skipwise.errors import UserError
-from skipwise.loading import load
+from skipwise.loading import chat_prompts, load
 from skipwise.plan import Plan
 from skipwise.sampling import FAMILIES, Statistics, generate
 from skipwise.sampling.others import load_others
@@ -33,23 +33,34 @@ def command(
         list[str] | None, typer.Option("--set", help="Any other setting of the sampler, such as alg=entropy.")
     ] = None,
     seed: Annotated[int, typer.Option(help="Of the sampling noise.")] = 0,
+    chat: Annotated[
+        bool, typer.Option("--chat", help="Put each prompt to the model by its chat template, and print the answer.")
+    ] = False,
+    system: Annotated[str | None, typer.Option(help="With --chat: what the model is told before each prompt.")] = None,
+    tokenizer_name: TokenizerName = None,
     dtype: Dtype = None,
     device: Device = None,
 ) -> None:
     """Decode text with any language model, under a plan or without, and say what it took.
 
     Examples: skipwise generate tiny-dllm "s3141592=" --gen-length 7 --plan plan.json    |
-    skipwise generate tiny-dllm "r3141592=29<mask>1413" --gen-length 0
+    skipwise generate tiny-dllm "r3141592=29<mask>1413" --gen-length 0    |
+    skipwise generate GSAI-ML/LLaDA-8B-Instruct --chat "Why is the sky blue?" --block-length 32
     """
     if not all(prompts):
         raise UserError("A prompt is empty; give at least one character, such as 'a123+456='.")
-    network, tokenizer = load(model, dtype=dtype, device=device)
+    if system and not chat:
+        raise UserError("--system is for a chat; add --chat.")
+    network, tokenizer = load(model, dtype=dtype, device=device, tokenizer=tokenizer_name)
     if tokenizer is None:
-        raise UserError(f"{model} came without a tokenizer, so it cannot read prompts.")
+        raise UserError(f"{model} came without a tokenizer, so it cannot read prompts; name one with --tokenizer.")
     tokenizer.padding_side = "left"
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
-    inputs = tokenizer(prompts, return_tensors="pt", padding=True).to(network.device)
+    if chat:
+        inputs = chat_prompts(tokenizer, prompts, system).to(network.device)
+    else:
+        inputs = tokenizer(prompts, return_tensors="pt", padding=True).to(network.device)
     given: dict[str, Any] = {
         "steps": steps,
         "block_length": block_length,
@@ -75,7 +86,7 @@ def command(
     for prompt, sequence in zip(prompts, generated.sequences, strict=True):
         infilled = tokenizer.mask_token is not None and tokenizer.mask_token in prompt
         text = tokenizer.decode(sequence if infilled else sequence[start:], skip_special_tokens=True)
-        console.print(text if infilled else prompt + text, highlight=False, markup=False)
+        console.print(text if infilled or chat else prompt + text, highlight=False, markup=False)
     stats = generated.stats
     console.print(
         f"[dim]{stats.forwards} forwards{_by_model(stats)}, {stats.all_in_flops / 1e9:.3f} GFLOP all-in "

@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from skipwise.cli.common import Device, Dtype, ModelName, calibrate, console, progress_bar
+from skipwise.cli.common import Device, Dtype, ModelName, TokenizerName, calibrate, console, progress_bar
 from skipwise.files import check_writable
 from skipwise.healing import HealSettings, heal
 from skipwise.plan import Plan
@@ -22,6 +22,7 @@ def command(
     texts: Annotated[Path | None, typer.Option(help="File with one text a line; built-in ones by default.")] = None,
     count: Annotated[int, typer.Option(help="How many built-in texts to train on.", min=1)] = 512,
     seed: Annotated[int, typer.Option(help="Of the adapter and the masks.")] = 0,
+    tokenizer_name: TokenizerName = None,
     dtype: Dtype = None,
     device: Device = None,
 ) -> None:
@@ -34,7 +35,7 @@ def command(
     """
     loaded = Plan.load(plan)
     check_writable(output.parent)
-    calibration = calibrate(model, texts, count, dtype, device, batch_size)
+    calibration = calibrate(model, texts, count, dtype, device, batch_size, tokenizer_name)
     settings = HealSettings(steps=steps, rank=rank, learning_rate=learning_rate, seed=seed)
     losses: list[float] = []
     with progress_bar() as tell:

@@ -7,7 +7,7 @@ import typer
 from rich import box
 from rich.table import Table
 
-from skipwise.cli.common import Device, Dtype, ModelName, console, progress_bar, read_lines
+from skipwise.cli.common import Device, Dtype, ModelName, TokenizerName, console, progress_bar, read_lines
 from skipwise.errors import UserError
 from skipwise.evaluation import Interval, calibration_texts
 from skipwise.files import check_writable
@@ -36,6 +36,7 @@ def command(
     ] = None,
     seed: Annotated[int, typer.Option(help="Of the noise and the bootstrap.")] = 0,
     batch_size: Annotated[int, typer.Option(help="Texts a forward.", min=1)] = 16,
+    tokenizer_name: TokenizerName = None,
     dtype: Dtype = None,
     device: Device = None,
 ) -> None:
@@ -48,8 +49,10 @@ def command(
         raise UserError("Give either --light, another model, or --plan, under which the heavy model is the light one.")
     under = Plan.load(plan) if plan else None
     check_writable(output)
-    heavy_model, tokenizer = load(heavy, dtype=dtype, device=device)
-    light_model, light_tokenizer = load(light, dtype=dtype, device=device) if light else (None, None)
+    heavy_model, tokenizer = load(heavy, dtype=dtype, device=device, tokenizer=tokenizer_name)
+    light_model, light_tokenizer = (
+        load(light, dtype=dtype, device=device, tokenizer=tokenizer_name) if light else (None, None)
+    )
     chosen = read_lines(texts) if texts else calibration_texts(tokenizer, count)
     with progress_bar() as tell:
         importance = measure_importance(

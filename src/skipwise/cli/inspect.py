@@ -14,6 +14,7 @@ from skipwise.cost import Cost, Price, Prices, estimate, price_blocks
 from skipwise.errors import UserError
 from skipwise.examples import Size
 from skipwise.loading import load_skeleton
+from skipwise.models import kind_of
 from skipwise.plan import Plan
 
 
@@ -51,8 +52,8 @@ def command(
     skeleton = load_skeleton(model, dtype=dtype)
     contract = find_contract(skeleton)
     prices = price_blocks(skeleton, Size(tokens=tokens, image=image, text=text))
-    language = hasattr(skeleton.config, "vocab_size")
-    at = f"{tokens:,} tokens" if language else f"a {image} x {image} latent image and {text} text tokens"
+    of_images = kind_of(skeleton) == "image or video diffusion"
+    at = f"a {image} x {image} latent image and {text} text tokens" if of_images else f"{tokens:,} tokens"
     title = f"{contract.architecture} ({model}), one forward at {at}"
     table = Table(title=title, box=box.SIMPLE_HEAD, pad_edge=False, title_justify="left")
     for column in ("stack", "block", "streams", "parameters\na block", "FLOPs\na block", "of all\nFLOPs"):
@@ -72,7 +73,9 @@ def _print_finetuning(model: str, memory: str | None, blocks: str, changes: dict
     from skipwise.cli.finetune import Choice, print_estimate
     from skipwise.finetuning.settings import FinetuneSettings
 
-    print_estimate(Choice(model, blocks=blocks, memory=memory), FinetuneSettings().but(**changes))
+    choice = Choice(model, blocks=blocks, memory=memory)
+    plan, settings = choice.make(FinetuneSettings().but(**changes))
+    print_estimate(choice, settings, plan)
 
 
 def _parameters(model: nn.Module, name: str) -> list[int]:

@@ -7,7 +7,17 @@ from typing import Annotated, Any
 
 import typer
 
-from skipwise.cli.common import Device, Dtype, JudgeDtype, ModelName, console, progress_bar, read_lines, settings_from
+from skipwise.cli.common import (
+    Device,
+    Dtype,
+    JudgeDtype,
+    ModelName,
+    TokenizerName,
+    console,
+    progress_bar,
+    read_lines,
+    settings_from,
+)
 from skipwise.errors import UserError
 from skipwise.evaluation import evaluate
 from skipwise.evaluation.writing import Writing, family_of
@@ -40,6 +50,7 @@ def command(
     batch_size: Annotated[int, typer.Option(help="Texts a forward of the model; changes no result.", min=1)] = 16,
     seed: Annotated[int, typer.Option(help="Of the first text; text i has seed + i. Also of the bootstrap.")] = 0,
     output: Annotated[Path, typer.Option("--output", "-o", help="Where to write the Result.")] = Path("result.json"),
+    tokenizer_name: TokenizerName = None,
     dtype: Dtype = None,
     device: Device = None,
 ) -> None:
@@ -51,7 +62,7 @@ def command(
     given = settings_from(setting or [])
     begun = _prefixes(prefixes)
     check_writable(output.parent)
-    network, tokenizer = load(model, dtype=dtype, device=device)
+    network, tokenizer = load(model, dtype=dtype, device=device, tokenizer=tokenizer_name)
     writing = Writing(
         judge=judge,
         judge_dtype=judge_dtype,

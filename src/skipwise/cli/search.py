@@ -7,7 +7,7 @@ import typer
 from rich import box
 from rich.table import Table
 
-from skipwise.cli.common import Device, Dtype, JudgeDtype, ModelName, console, progress_bar, read_light
+from skipwise.cli.common import Device, Dtype, JudgeDtype, ModelName, TokenizerName, console, progress_bar, read_light
 from skipwise.errors import UserError, unknown
 from skipwise.evaluation.result import Row, Score
 from skipwise.evaluation.tasks import EvaluationTask, ExactMatch
@@ -48,6 +48,7 @@ def command(
     ray_address: Annotated[str | None, typer.Option(help="Of a Ray cluster; a local one by default.")] = None,
     batch_size: Annotated[int, typer.Option(help="Examples a forward.", min=1)] = 16,
     seed: Annotated[int, typer.Option(help="Of the examples, their noise and the bootstrap.")] = 0,
+    tokenizer_name: TokenizerName = None,
     dtype: Dtype = None,
     device: Device = None,
 ) -> None:
@@ -74,6 +75,7 @@ def command(
             folder=output,
             dtype=dtype,
             device=device,
+            tokenizer=tokenizer_name,
             on_progress=lambda *at: tell("search, in examples", *at),
             **rules,
         )

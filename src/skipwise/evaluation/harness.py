@@ -23,14 +23,13 @@ from lm_eval.models.utils_hf import stop_sequences_criteria
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window, simple_parse_args_string
 from torch import Tensor
 from tqdm import tqdm
-from transformers import AutoTokenizer
 
 from skipwise.cost import estimate
 from skipwise.errors import UserError
+from skipwise.evaluation.arguments import largest_batch, load_model, longest, read_batch_size, with_peft
 from skipwise.evaluation.distributed import Distributed
 from skipwise.evaluation.likelihood import Likelihood, LikelihoodSettings, Request, loglikelihoods, pad
 from skipwise.examples import Size
-from skipwise.loading import load
 from skipwise.models import kind_of
 from skipwise.plan import Plan
 from skipwise.sampling import generate
@@ -54,9 +53,14 @@ class SkipwiseLM(Distributed, TemplateLM):
     """A language model under a plan. Every argument may stand in lm-eval's `--model_args`.
 
     pretrained: what `skipwise.load` takes (an embedded name, a folder, a hub id, a GGUF file), or a loaded model.
-    plan: a plan file. tokenizer: another tokenizer's name, or a loaded one. dtype, device, revision: of `load`.
-    batch_size: prompts or masked inputs a forward. max_length: tokens of prompt and answer; a longer prompt loses its
+    plan: a plan file. tokenizer, dtype, device, revision: of `load`; dtype=auto is the checkpoint's own. peft: a folder
+    with an adapter as peft writes it, merged into the weights. batch_size: prompts or masked inputs a forward; auto is
+    the largest that fits, up to max_batch_size. max_length: tokens of prompt and answer; a longer prompt loses its
     beginning. seed: of masks and sampling noise.
+    add_bos_token: begin every text with the tokenizer's begin of text (its end where it has none, as lm-eval does), or
+    never; as the tokenizer does by default.
+    escape_until: do not cut a generation at a task's `until` strings, only at its end of text; with add_bos_token it is
+    how Dream's official evaluation runs.
     mc_num, chain, greedy: of likelihoods of masked diffusion models (`LikelihoodSettings`).
     All others, such as gen_length, steps, block_length, temperature, go to `skipwise.generate`, and cfg_scale and
     compat to likelihoods too. They win over a task's generation_kwargs, gen_length over its max_gen_toks.
@@ -71,9 +75,12 @@ class SkipwiseLM(Distributed, TemplateLM):
         dtype: str | None = None,
         device: str | None = None,
         revision: str | None = None,
+        peft: str | None = None,
         batch_size: int | str = 1,
         max_batch_size: int | None = None,
         max_length: int | None = None,
+        add_bos_token: bool | None = None,
+        escape_until: bool = False,
         seed: int = 0,
         **settings: Any,
     ):
@@ -81,14 +88,18 @@ class SkipwiseLM(Distributed, TemplateLM):
         if settings.pop("trust_remote_code", False):
             raise UserError("trust_remote_code=True: remote code is never run; leave it out.")
         self.plan = Plan.load(plan) if isinstance(plan, str) else plan
-        self.batch_size = _batch_size(batch_size)
+        rows = read_batch_size(batch_size)
         self.join_processes()
         device = str(self.accelerator.device) if self.accelerator else device
         self.name = pretrained if isinstance(pretrained, str) else type(pretrained).__name__
-        self.model, self.tokenizer = _load(pretrained, tokenizer, dtype, device, revision)
+        self.model, self.tokenizer = load_model(pretrained, tokenizer, dtype, device, revision)
         self._device = next(self.model.parameters()).device
         self.kind = kind_of(self.model)
-        self.max_length = max_length or _max_length(self.model.config, self.tokenizer)
+        self.max_length = max_length or longest(self.model.config, self.tokenizer)
+        if peft is not None:
+            self.plan = with_peft(self.plan, self.model, peft)
+        self.batch_size = rows or largest_batch(self.model, self.max_length, max_batch_size)
+        self.add_bos_token, self.escape_until = add_bos_token, escape_until
         self.seed, self.settings = seed, settings
         self.likelihood = self._likelihood_settings()
         self.generated: Counter[str] = Counter()
@@ -145,11 +156,16 @@ class SkipwiseLM(Distributed, TemplateLM):
         return token
 
     def tok_encode(self, string: str, add_special_tokens: bool | None = None, **_: Any) -> list[int]:
-        """Token ids; special tokens as the tokenizer adds them, unless the text already begins with one."""
-        if add_special_tokens is None:
+        """Token ids; special tokens as the tokenizer adds them, unless the text already begins with one.
+
+        With add_bos_token it is the prefix token alone, or nothing, that is added.
+        """
+        if add_special_tokens is None and self.add_bos_token is None:
             begin = self.tokenizer.bos_token
             add_special_tokens = not (begin and string.startswith(begin))
-        return self.tokenizer.encode(string, add_special_tokens=add_special_tokens)
+        ids = self.tokenizer.encode(string, add_special_tokens=bool(add_special_tokens))
+        begins = self.add_bos_token and add_special_tokens is None and ids[:1] != [self.prefix_token_id]
+        return [self.prefix_token_id, *ids] if begins else ids
 
     @property
     def tokenizer_name(self) -> str:
@@ -191,7 +207,7 @@ class SkipwiseLM(Distributed, TemplateLM):
             (number, make_disjoint_window(window))
             for number, request in enumerate(requests)
             for window in get_rolling_token_windows(
-                self.tok_encode(request.args[0]), self.prefix_token_id, longest, context_len=1
+                self._whole_text(request.args[0]), self.prefix_token_id, longest, context_len=1
             )
         ]
         totals, left = [0.0] * len(requests), Counter(number for number, _ in windows)
@@ -207,6 +223,10 @@ class SkipwiseLM(Distributed, TemplateLM):
 
             self._likelihoods([window for _, window in windows], keep)
         return totals
+
+    def _whole_text(self, text: str) -> list[int]:
+        """Token ids of a text that `prefix_token_id` is put before, which is the begin of text where there is one."""
+        return self.tok_encode(text, add_special_tokens=False if self.add_bos_token else None)
 
     def _likelihoods(
         self, requests: Sequence[Request], on_result: Callable[[int, Likelihood], None]
@@ -242,6 +262,7 @@ class SkipwiseLM(Distributed, TemplateLM):
         """A task's generation_kwargs -> its `until` strings and the settings of `generate`."""
         given: dict[str, Any] = dict(lm_eval_models.normalize_gen_kwargs(arguments, GEN_LENGTH))
         until = lm_eval_models.handle_stop_sequences(given.pop("until"), eos=self.tokenizer.eos_token)
+        until = [] if self.escape_until else until
         given.pop("do_sample")
         settings = {"gen_length": given.pop("max_gen_toks"), **given, **self.settings}
         if not settings.get("temperature"):
@@ -314,7 +335,9 @@ class SkipwiseLM(Distributed, TemplateLM):
             "model": self.name,
             "dtype": str(next(self.model.parameters()).dtype),
             "plan": self.plan.model_dump(mode="json", include={"phases"}) if self.plan else None,
+            "adapter": self.plan.adapter.sha256 if self.plan and self.plan.adapter else None,
             "settings": self.settings | asdict(likelihood) | {"max_length": self.max_length},
+            "texts": [self.tokenizer.name_or_path, self.add_bos_token, self.escape_until],
         }
         return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()
 
@@ -335,6 +358,8 @@ class SkipwiseLM(Distributed, TemplateLM):
             "saved_all_in_flops": cost.saved_all_in_flops,
             "saved_all_in_flops_at_tokens": size.tokens,
             "settings": self.settings,
+            "add_bos_token": self.add_bos_token,
+            "escape_until": self.escape_until,
             "likelihood": asdict(self.likelihood),
             "generated": dict(self.generated),
             "versions": versions(),
@@ -346,39 +371,6 @@ class SkipwiseLM(Distributed, TemplateLM):
 
 def _end_trial(_: Any) -> None:
     raise _TrialOverError
-
-
-def _batch_size(given: int | str) -> int:
-    if not str(given).isdigit() or int(given) < 1:
-        raise UserError(f"batch_size={given!r} is not a number from 1 on; skipwise does not search for one.")
-    return int(given)
-
-
-def _device(wanted: str | None) -> str:
-    """The device asked for, or a GPU if there is one; lm-eval's command asks for cuda:0 when nobody chose."""
-    if torch.cuda.is_available():
-        return wanted or "cuda"
-    return "cpu" if not wanted or wanted.startswith("cuda") else wanted
-
-
-def _load(pretrained: Any, tokenizer: Any, dtype: str | None, device: str | None, revision: str | None) -> Any:
-    """(model, tokenizer) on the device: the one asked for, or a GPU where there is one, or a loaded model's own."""
-    model, own = pretrained, None
-    if isinstance(pretrained, str):
-        model, own = load(pretrained, dtype=dtype, device=_device(device), revision=revision)
-    elif device:
-        model = model.to(device)
-    if isinstance(tokenizer, str):
-        own = AutoTokenizer.from_pretrained(tokenizer, trust_remote_code=False)
-    elif tokenizer is not None:
-        own = tokenizer
-    if own is None:
-        raise UserError(f"{pretrained} came without a tokenizer; name one with tokenizer=NAME.")
-    return model, own
-
-
-def _max_length(config: Any, tokenizer: Any) -> int:
-    return getattr(config, "model_length", None) or lm_eval_models.resolve_max_length(config, tokenizer)
 
 
 def _fit(context: list[int], target: list[int], room: int) -> Request:

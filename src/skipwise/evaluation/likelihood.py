@@ -20,9 +20,7 @@ from torch import Tensor, nn
 
 from skipwise.errors import UserError
 from skipwise.evaluation.masking import Noised, chain_masks, dream_masks, every_mask, llada_masks, stratified_masks
-from skipwise.models import end_of_text, kind_of, mask_token
-from skipwise.models.dream import DreamModel
-from skipwise.models.mdlm import MDLM
+from skipwise.models import end_of_text, fact, kind_of, mask_token
 from skipwise.sampling.llada import guided
 
 Request = tuple[Sequence[int], Sequence[int]]  # tokens of the prefix, tokens of the continuation
@@ -229,7 +227,9 @@ class _Predictor:
         if kind not in ("masked diffusion", "autoregressive"):
             raise UserError(f"{type(model).__name__} ({kind}) has no likelihood of text; give a language model.")
         self.model, self.causal = model, kind == "autoregressive"
-        self.needs_prefix = self.causal or isinstance(model, DreamModel)
+        # with a shift, nothing predicts the first token
+        self.needs_prefix = self.causal or fact(model, "shift") > 0
+        self.predicts_mask = self.causal or fact(model, "predicts_mask")
         self.cfg_scale = 0.0 if self.causal else cfg_scale
         self.mask = 0 if self.causal else mask_token(model)
         self.keeps = "logits_to_keep" in inspect.signature(model.forward).parameters
@@ -248,8 +248,8 @@ class _Predictor:
             given = (number < torch.tensor(prefixes, device=ids.device)[:, None]) & present
             free = self._forward(ids.masked_fill(given, self.mask), present, columns)
             logits = guided(logits, free, self.cfg_scale)
-        if isinstance(self.model, MDLM):
-            logits[..., self.mask] = -torch.inf  # its parameterisation: the mask is never predicted
+        if not self.predicts_mask:
+            logits[..., self.mask] = -torch.inf
         return logits
 
     def _forward(self, ids: Tensor, present: Tensor, columns: Tensor) -> Tensor:

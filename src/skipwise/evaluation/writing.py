@@ -16,7 +16,7 @@ from skipwise.evaluation.diversity import distinct, token_entropy
 from skipwise.evaluation.judge import RULES, Judge
 from skipwise.evaluation.likelihood import pad
 from skipwise.evaluation.measure import Measured
-from skipwise.models import kind_of
+from skipwise.models import fact, kind_of
 from skipwise.sampling.autoregressive import AutoregressiveSettings, decode_autoregressive
 from skipwise.sampling.canvas import Settings
 from skipwise.sampling.denoiser import Denoiser
@@ -37,7 +37,7 @@ def family_of(model: nn.Module) -> str:
         raise UserError(
             f"{type(model).__name__} is of the kind {kind!r} and does not write text; give a language model."
         )
-    return AUTOREGRESSIVE if kind == AUTOREGRESSIVE else getattr(model, "family", "llada")
+    return AUTOREGRESSIVE if kind == AUTOREGRESSIVE else fact(model, "family")
 
 
 @dataclass(frozen=True, kw_only=True)

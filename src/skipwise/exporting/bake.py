@@ -21,6 +21,8 @@ from skipwise.errors import UserError
 from skipwise.exporting.card import PLAN_FILE, Export, write_card
 from skipwise.exporting.checkpoint import Checkpoint, Move, Transform, read_checkpoint, rewrite
 from skipwise.exporting.config import Build, Config, cut_config, kept_of, resolved_config
+from skipwise.exporting.engine_files import check_file, has_file, write_file
+from skipwise.exporting.fitting import check_engine, config_for, fitting_plan
 from skipwise.exporting.folder import check_absent, copy_files, whole_or_absent
 from skipwise.exporting.keys import key_reader, plan_moves
 from skipwise.files import write_atomically
@@ -28,17 +30,32 @@ from skipwise.loading import NATIVE, Source, build_skeleton, check_weights, find
 from skipwise.plan import Plan
 
 
-def export(plan: Plan, source: str | Path, target: str | Path, example: Mapping[str, Any] | None = None) -> Path:
+def export(
+    plan: Plan,
+    source: str | Path,
+    target: str | Path,
+    example: Mapping[str, Any] | None = None,
+    *,
+    engine: str | None = None,
+    nearest: bool = False,
+) -> Path:
     """Write the source model without the blocks that the plan skips to the folder `target`, and return its path.
 
     source: what `load` takes: an embedded name, a folder of safetensors or a hub id; of a diffusers pipeline its
     transformer is exported. A plan's adapter is merged into the weights. Logits are, bit for bit, those of the source
-    under `skip(model, plan)`. Memory holds one shard at a time, and the weights that an adapter changes.
-    example: keyword arguments of one forward, for a model that skipwise has no inputs for.
+    under `skip(model, plan)`. Memory holds one shard at a time, and the weights that an
+    adapter changes. example: keyword arguments of one forward, for a model
+    that skipwise has no inputs for.
+    engine: another one that the export is for (docs/engines.md): "mlx-lm", "ctranslate2", "llama.cpp", "onnx" or
+    "openvino". What it needs is added, for the last three a file beside the weights (the last two load the export whole
+    to trace it). nearest: take the nearest plan when the engine takes kinds of layers by position and the plan moves
+    them, instead of refusing.
     Raises UserError, and leaves no target, for a plan that is not static or of another model, for a model whose config
-    cannot describe the kept blocks, for weights that are incomplete or pickled, and for a target that holds something.
+    cannot describe the kept blocks, for an engine that would give other logits, for weights that are incomplete or
+    pickled, and for a target that holds something.
     """
     _check_exportable(plan)
+    check_engine(engine, nearest)
     target = Path(target).expanduser()
     check_absent(target)
     found = find(str(source), weights=False)
@@ -46,7 +63,14 @@ def export(plan: Plan, source: str | Path, target: str | Path, example: Mapping[
         raise UserError(f"{source} is a GGUF file; export its safetensors original, then convert the export.")
     config = found.config
     with readable_errors(found):
-        smaller, skeleton, twin = _shorten(config, found.name, plan, example)
+        build: Build = lambda config: build_skeleton(config, found.name)  # noqa: E731
+        skeleton = _skeleton(config, plan, build, example)
+        if engine is not None:
+            plan = fitting_plan(engine, plan, skeleton, nearest)
+        smaller, twin = cut_config(config, skeleton, plan, build)
+        if engine is not None:
+            smaller = config_for(engine, smaller, twin, build)
+            check_file(engine, resolved_config(twin), found.folder)
         found = replace(find(str(source)), name=str(source))
         _check_weights(found)
         checkpoint = read_checkpoint(found.folder, found.name)
@@ -55,13 +79,14 @@ def export(plan: Plan, source: str | Path, target: str | Path, example: Mapping[
         merging = _merging(plan, checkpoint, skeleton, mapping)
     before, after = _sizes(checkpoint, moves)
     saved = estimate(skeleton, plan, example=example).saved_block_flops
-    card = write_card(Export(plan, found, smaller, saved, before, after), target.name)
-    with whole_or_absent(target, after) as folder:
+    card = write_card(Export(plan, found, smaller, resolved_config(twin) | smaller, saved, before, after), target.name)
+    with whole_or_absent(target, after * (1 + has_file(engine))) as folder:
         copy_files(found, folder)
         rewrite(checkpoint, moves, folder, merging)
         write_atomically(folder / "config.json", json.dumps(smaller, indent=2) + "\n")
         write_atomically(folder / "README.md", card)
         plan.save(folder / PLAN_FILE)
+        write_file(engine, folder, resolved_config(twin))
     return target
 
 
@@ -129,17 +154,13 @@ def _check_exportable(plan: Plan) -> None:
             )
 
 
-def _shorten(
-    config: Config, name: str, plan: Plan, example: Mapping[str, Any] | None
-) -> tuple[Config, nn.Module, nn.Module]:
-    """(config.json of the export, skeleton of the source, skeleton of the export)."""
-    build: Build = lambda config: build_skeleton(config, name)  # noqa: E731
+def _skeleton(config: Config, plan: Plan, build: Build, example: Mapping[str, Any] | None) -> nn.Module:
+    """The source without weights, checked against the plan."""
     skeleton = build(config)
     contract = find_contract(skeleton, example)
     plan.check_model(contract.shape)
     _check_source(config, skeleton, contract, plan)
-    smaller, twin = cut_config(config, skeleton, plan, build)
-    return smaller, skeleton, twin
+    return skeleton
 
 
 def _check_source(config: Config, model: nn.Module, contract: Contract, plan: Plan) -> None:

@@ -9,6 +9,7 @@ from huggingface_hub import ModelCardData, metadata_load
 from yaml import YAMLError
 
 from skipwise.exporting.config import Config, kept_of
+from skipwise.exporting.engines import ENGINES, title, verdict
 from skipwise.loading import NATIVE, Source
 from skipwise.plan import Plan
 
@@ -21,12 +22,14 @@ INHERITED = ("license", "license_name", "license_link", "language", "pipeline_ta
 class Export:
     """What the card tells of: the plan, where the weights came from, and what is left of them.
 
-    saved: fraction of block FLOPs; before, after: bytes of weights.
+    resolved: the config with what config.json leaves to the class; saved: fraction of block FLOPs; before, after: bytes
+    of weights.
     """
 
     plan: Plan
     source: Source
     config: Config
+    resolved: Config
     saved: float
     before: int
     after: int
@@ -66,6 +69,7 @@ def write_card(export: Export, name: str) -> str:
     parts += [
         f"## How the plan was made\n{_provenance(export.plan)} The whole plan is in `{PLAN_FILE}`.",
         f"## How to load it\n```python\n{_loading(export, name, pipeline)}\n```",
+        f"## In other engines\n{_engines(export.resolved)}",
     ]
     return "\n\n".join(parts) + "\n"
 
@@ -148,3 +152,12 @@ def _loading(export: Export, name: str, pipeline: str | None) -> str:
     elif library == "transformers":
         code += f'\ntokenizer = transformers.AutoTokenizer.from_pretrained("{name}")'
     return code
+
+
+def _engines(config: Config) -> str:
+    """What other engines make of a checkpoint of this config, as far as that was measured."""
+    lines = [f"- {title(engine)}: {verdict(engine, config)}" for engine in ENGINES]
+    return (
+        "As measured with tiny random models of the family, against transformers' own logits; other versions may do "
+        "otherwise.\n" + "\n".join(lines)
+    )

@@ -14,19 +14,31 @@ from torch import nn
 
 from skipwise.blocks import layer_configs, layer_list_names, module_list
 from skipwise.errors import UserError
+from skipwise.kept import KEPT_STATE, running_modules
+from skipwise.per_layer import cut_setting
 from skipwise.plan import Plan
 from skipwise.skipping import skip
+from skipwise.wrapping import class_of
 
 Config = dict[str, Any]
 Build = Callable[[Config], nn.Module]
 Place = tuple[tuple[str, ...], str]  # the path to a section of a config, and a key in it
 
-# how many of the first blocks are of one kind: those that are left of them are the first again
-FIRST_BLOCKS = ("max_window_layers", "first_k_dense_replace")
 # some configs of language models give the number of layers twice, by two of these names
 DEPTHS = ("num_hidden_layers", "num_layers", "n_layers", "n_layer")
-# a block's number that nothing reads
-NEVER_READ = {("ZImageTransformerBlock", "layer_id")}
+# what nothing reads, or what a forward sets: a block's number, the source of a module's own setting, a recurrent state,
+# the first layer that shares keys and values where none does (with shared ones an export is refused before)
+NEVER_READ = {
+    ("ZImageTransformerBlock", "layer_id"),
+    ("GPTNeoXJapaneseLayer", "layer_number"),
+    ("GPTNeoAttention", "attention_layers"),
+    ("RecurrentGemmaRglru", "recurrent_states"),
+    ("RecurrentGemmaRecurrentBlock", "conv1d_state"),
+    ("RwkvModel", "layers_are_rescaled"),
+    ("XLNetModel", "n_layer"),
+    ("Gemma4TextModel", "first_kv_shared_layer_idx"),
+    ("Gemma4UnifiedTextModel", "first_kv_shared_layer_idx"),
+}
 
 
 @dataclass(frozen=True)
@@ -39,24 +51,7 @@ class Kept:
 
     def of(self, key: str, value: Any) -> Any:
         """What a setting of the config is after the cut: unchanged unless it is about single blocks."""
-        if key in FIRST_BLOCKS and isinstance(value, int):
-            return sum(number < value for number in self.blocks)
-        if "layer" not in key:
-            return value
-        new = {old: number for number, old in enumerate(self.blocks)}
-        if isinstance(value, dict) and value and all(str(number).isdigit() for number in value):
-            return {str(new[int(old)]): entry for old, entry in value.items() if int(old) in new}
-        if isinstance(value, list | tuple) and self._names_blocks(value):
-            return [new[old] for old in value if old in new]
-        if isinstance(value, list | tuple) and len(value) == self.length:
-            return [value[old] for old in self.blocks]
-        return value
-
-    def _names_blocks(self, values: list[Any] | tuple[Any, ...]) -> bool:
-        """Whether a list names blocks (SD3's dual_attention_layers) instead of having an entry for each."""
-        if not all(type(value) is int and 0 <= value < self.length for value in values):
-            return False
-        return len(set(values)) == len(values) and (len(values) < self.length or list(values) == sorted(values))
+        return cut_setting(key, value, self.length, self.blocks)
 
 
 def kept_of(plan: Plan) -> list[Kept]:
@@ -122,11 +117,12 @@ def _lengths(model: nn.Module, plan: Plan) -> dict[str, int]:
 
 
 def _depths(config: Mapping[str, Any], length: int, path: tuple[str, ...] = ()) -> Iterator[Place]:
-    """The places of all numbers that may be this stack's length."""
+    """The places of all numbers that may be this stack's length, and of lists whose lengths may be it (Nemotron-H)."""
     for key, value in config.items():
+        named = any(word in str(key) for word in ("layer", "block", "depth"))
         if isinstance(value, dict):
             yield from _depths(value, length, (*path, key))
-        elif type(value) is int and value == length and any(word in str(key) for word in ("layer", "block", "depth")):
+        elif named and ((type(value) is int and value == length) or (isinstance(value, list) and len(value) == length)):
             yield path, key
 
 
@@ -137,7 +133,8 @@ def _lowered(config: Config, defaults: Config, kept: Kept, path: tuple[str, ...]
     made = {name: value for name, value in _section(defaults, path).items() if isinstance(value, list | tuple)}
     made = {name: value for name, value in made.items() if "layer" in name and not name.startswith("_")}
     section |= {name: kept.of(name, value) for name, value in (made | section).items()}
-    section[key] = len(kept.blocks)
+    if not isinstance(section.get(key), list):  # a list is cut already
+        section[key] = len(kept.blocks)
     return candidate
 
 
@@ -160,13 +157,29 @@ def _check_twin(model: nn.Module, twin: nn.Module, plan: Plan) -> None:
     with skip(model, plan):
         wanted = _facts(model, plan)
     found = _facts(twin, plan)
+    _forget_gone_kinds(wanted, found)
     for name in [*wanted, *(name for name in found if name not in wanted)]:
         if wanted.get(name) != found.get(name):
             what = _difference(wanted.get(name, {}), found.get(name, {}))
+            last = "last block, " if _is_in_last_block(name, plan) else ""
             raise UserError(
-                f"{plan.model.architecture} cannot be exported with this plan: built from a smaller config, its {name} "
-                f"would have {what}; skip other blocks, or use the plan with `skip`."
+                f"{plan.model.architecture} cannot be exported with this plan: built from a smaller config, its "
+                f"{last}{name} would have {what}; skip other blocks, or use the plan with `skip`."
             )
+
+
+def _is_in_last_block(name: str, plan: Plan) -> bool:
+    return any(f"{name}.".startswith(f"{kept.stack}.{len(kept.blocks) - 1}.") for kept in kept_of(plan))
+
+
+def _forget_gone_kinds(wanted: dict[str, dict[str, Any]], found: Mapping[str, Mapping[str, Any]]) -> None:
+    """Drop, in place, a rotary embedding's tables for kinds of layers of which none is left: nothing reads them."""
+    for name, facts in wanted.items():
+        kinds, left = facts.get("layer_types", []), found.get(name, {}).get("layer_types", [])
+        gone = tuple(f"{kind}_" for kind in kinds if kind not in left)
+        if "RotaryEmbedding" in facts.get("class", "") and gone and left:
+            wanted[name] = {key: value for key, value in facts.items() if not key.startswith(gone)}
+            wanted[name]["layer_types"] = left
 
 
 def _difference(wanted: Mapping[str, Any], found: Mapping[str, Any]) -> str:
@@ -177,7 +190,7 @@ def _difference(wanted: Mapping[str, Any], found: Mapping[str, Any]) -> str:
 
 def _facts(model: nn.Module, plan: Plan) -> dict[str, dict[str, Any]]:
     """All that a config decides about a model: class, settings and shapes of every module, per-layer lists."""
-    facts = {name or "model": _facts_of(module) for name, module in model.named_modules()}
+    facts = {name or "model": _facts_of(module) for name, module in running_modules(model)}
     for kept in kept_of(plan):
         for number, config in enumerate(layer_configs(model, kept.stack)):
             lists = {key: list(getattr(config, key)) for key in layer_list_names(config, len(kept.blocks))}
@@ -187,8 +200,8 @@ def _facts(model: nn.Module, plan: Plan) -> dict[str, dict[str, Any]]:
 
 
 def _facts_of(module: nn.Module) -> dict[str, Any]:
-    kind = type(module).__name__
-    ignored = {"training", *(name for owner, name in NEVER_READ if owner == kind)}
+    kind = class_of(module).__name__
+    ignored = {"training", *KEPT_STATE, *(name for owner, name in NEVER_READ if owner == kind)}
     settings = {key: value for key, value in vars(module).items() if key not in ignored and _is_plain(value)}
     tensors = {**module._parameters, **module._buffers}
     shapes = {f"{key} of shape": tuple(tensor.shape) for key, tensor in tensors.items() if tensor is not None}

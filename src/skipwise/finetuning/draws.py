@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from skipwise.finetuning.images import Picture
-from skipwise.finetuning.patches import Patch, PatchSchedule, keyed_generator, sample_patch
+from skipwise.finetuning.patches import Patch, PatchSchedule, crop_pixels, keyed_generator, sample_patch
 
 # (how many, generator) -> noise levels in (0, 1)
 Times = Callable[[int, torch.Generator], Tensor]
@@ -29,39 +29,68 @@ class Example:
 
 @dataclass(frozen=True)
 class Draw:
-    """One training sample: a crop of an example, the noise level t in (0, 1) and the seed of its noise."""
+    """One training sample: a crop of an example, the noise level t in (0, 1) and the seed of its noise.
+
+    flip: the picture is mirrored, left to right, before it is cropped.
+    """
 
     example: Example
     patch: Patch
     t: float
     noise_seed: int
+    flip: bool = False
+
+    def crop(self, resolution: int) -> Tensor:
+        """The pixels (3, resolution, resolution) of the crop, in [-1, 1]."""
+        return crop_pixels(mirrored(self.example.picture.pixels(), self.flip), self.patch, resolution)
+
+    def mask(self, resolution: int) -> Tensor | None:
+        """(resolution, resolution), 1 where the subject is in the crop; None without a mask."""
+        mask = self.example.picture.mask()
+        return None if mask is None else crop_pixels(mirrored(mask[None], self.flip), self.patch, resolution)[0]
 
     def noise(self, shape: Sequence[int]) -> Tensor:
         """Standard normal, float32, on the CPU, the same wherever it is asked for."""
         return torch.randn(*shape, generator=torch.Generator().manual_seed(self.noise_seed))
 
 
+def mirrored(pixels: Tensor, flip: bool) -> Tensor:
+    """(..., height, width), left to right if `flip`."""
+    return pixels.flip(-1) if flip else pixels
+
+
 def make_draws(
-    examples: Sequence[Example], count: int, times: Times, schedule: PatchSchedule, seed: int = 0, at_least: int = 1
+    examples: Sequence[Example],
+    count: int,
+    times: Times,
+    schedule: PatchSchedule,
+    seed: int = 0,
+    at_least: int = 1,
+    random_flip: bool = False,
 ) -> list[Draw]:
     """`count` draws of every example. Their noise levels are stratified over the density that `times` draws from.
 
     A picture with a mask has its crops centred on the subject. at_least: side of the smallest crop in pixels.
+    random_flip: half of the draws are of the mirrored picture.
     """
-    return [draw for example in examples for draw in _of_one(example, count, times, schedule, seed, at_least)]
+    return [
+        draw for example in examples for draw in _of_one(example, count, times, schedule, seed, at_least, random_flip)
+    ]
 
 
 def _of_one(
-    example: Example, count: int, times: Times, schedule: PatchSchedule, seed: int, at_least: int
+    example: Example, count: int, times: Times, schedule: PatchSchedule, seed: int, at_least: int, random_flip: bool
 ) -> list[Draw]:
     picture, mask = example.picture, example.picture.mask()
     levels = _stratified(times, count, keyed_generator(seed, picture.sha256, "times"))
     draws = []
     for number, t in enumerate(levels):
         key = (seed, picture.sha256, number)
-        patch = sample_patch(schedule, picture.size, t, *key, mask=mask, at_least=at_least)
+        flip = random_flip and bool(torch.rand((), generator=keyed_generator(*key, "flip")) < 0.5)
+        seen = None if mask is None else mirrored(mask, flip)
+        patch = sample_patch(schedule, picture.size, t, *key, mask=seen, at_least=at_least)
         noise_seed = int(torch.randint(2**31, (), generator=keyed_generator(*key, "noise")))
-        draws.append(Draw(example, patch, t, noise_seed))
+        draws.append(Draw(example, patch, t, noise_seed, flip))
     return draws
 
 

@@ -12,49 +12,24 @@ import torch
 from torch import nn
 
 from skipwise.blocks import module_list
-from skipwise.errors import UserError, require
+from skipwise.errors import require
 from skipwise.files import check_writable, write_atomically
+from skipwise.finetuning.checks import check, check_machine
 from skipwise.finetuning.draws import Draw, Example, make_draws
-from skipwise.finetuning.families import Family
+from skipwise.finetuning.family import Family
 from skipwise.finetuning.hollow import Record, Shell, hollow, stored_runs
-from skipwise.finetuning.images import check_prompt, read_pictures
 from skipwise.finetuning.lora import add_lora, lora_targets, save_lora
 from skipwise.finetuning.making import OnTheFly, SampleOf, StoreSize, fill_store
 from skipwise.finetuning.pipelines import pipeline_class
 from skipwise.finetuning.precision import computing, lora_dtype, plain_norms
-from skipwise.finetuning.prepare import Prepared, Progress, load_family, prepare
+from skipwise.finetuning.prepare import Prepared, Progress, prepare
 from skipwise.finetuning.residuals import DrawKey, ResidualStore
-from skipwise.finetuning.runs import Run, everything, skipped_runs
+from skipwise.finetuning.runs import Run, skipped_runs
 from skipwise.finetuning.settings import FinetuneSettings
 from skipwise.finetuning.shards import Resident, Shards
-from skipwise.finetuning.train import Records, Samples, Trainer, TrainingSettings, optimizer_class
+from skipwise.finetuning.subject import Subject
+from skipwise.finetuning.train import Records, Samples, Trainer, TrainingSettings
 from skipwise.plan import Plan
-
-
-@dataclass(frozen=True)
-class Subject:
-    """What is learnt: a folder of pictures and the prompt that names their subject by a rare word (DreamBooth).
-
-    class_images, class_prompt: pictures of other things of the subject's kind, and a prompt without the rare word, so
-    that the model does not come to take all of the kind for the subject (prior preservation).
-    """
-
-    images: Path
-    prompt: str
-    token: str = "sks"
-    class_images: Path | None = None
-    class_prompt: str | None = None
-
-    def examples(self, resolution: int, prior_weight: float) -> list[list[Example]]:
-        """Groups of examples, of which every batch takes some. A picture's own caption goes before the prompt."""
-        check_prompt(self.prompt, self.token)
-        pictures = read_pictures(self.images, resolution)
-        groups = [[Example(picture, picture.caption or self.prompt) for picture in pictures]]
-        if self.class_images:
-            prompt = self.class_prompt or " ".join(w for w in self.prompt.split() if w != self.token)
-            others = read_pictures(self.class_images, resolution)
-            groups.append([Example(picture, prompt, prior_weight) for picture in others])
-        return groups
 
 
 def finetune(
@@ -114,23 +89,18 @@ class Work:
         """Check everything that a user may have got wrong; nothing is computed yet."""
         accelerate = require("accelerate", "image")
         settings, training = settings or FinetuneSettings(), training or TrainingSettings()
-        groups = subject.examples(settings.resolution, training.prior_weight)
-        family, shards = load_family(name), Shards.open(name, dtype=settings.dtype)
-        skeleton = shards.skeleton()
-        family.check_resolution(skeleton, settings.pixels)
-        plan = plan or Plan(model=shards.contract.shape, train=everything(shards.contract))
-        with hollow(skeleton, plan, settings.late, blocks=shards):  # raises where the plan or the mode does not fit
-            lora_targets(skeleton, plan.train, settings.targets)
-        optimizer_class(settings)
-        _check_place(family, settings, training)
+        tell = on_progress or (lambda *_: None)
+        checked = check(
+            name, settings, training, subject=subject, plan=plan, tell=lambda line: tell("pictures", 0, 0, line)
+        )
+        check_machine(settings, device)
         accelerator = accelerate.Accelerator(cpu=device == "cpu")
-        if device and torch.device(device).type != accelerator.device.type:
-            raise UserError(f"There is no {device} on this machine; leave --device out to train on what there is.")
-        count = training.draws or _fresh(settings, training, groups, accelerator.num_processes)
-        draws = [make_draws(group, count, family.sample_t, training.crops(settings), training.seed) for group in groups]
+        count = training.draws or _fresh(settings, training, checked.groups, accelerator.num_processes)
+        times, crops, flip = checked.family.sample_t, training.crops(settings), training.random_flip
+        draws = [make_draws(group, count, times, crops, training.seed, random_flip=flip) for group in checked.groups]
         return cls(
-            name, check_writable(folder), plan, settings, training, family, shards, draws, accelerator,
-            on_progress or (lambda *_: None),
+            name, check_writable(folder), checked.plan, settings, training, checked.family,
+            Shards.open(name, dtype=settings.dtype), draws, accelerator, tell,
         )  # fmt: skip
 
     def run(self, stop_after: int | None) -> Path:
@@ -232,6 +202,7 @@ class Work:
             "pixels": settings.pixels,
             "text_tokens": settings.text_tokens,
             "place": self.training.place,
+            "guidance": self.training.guidance,
         }
 
     def _on_the_fly(
@@ -309,13 +280,6 @@ class _Precisely:
     def read(self, keys: Sequence[DrawKey]) -> Record:
         with computing(self.settings, self.device), plain_norms(self.source.model, self.settings, self.device):
             return self.source.read(keys)
-
-
-def _check_place(family: Family, settings: FinetuneSettings, training: TrainingSettings) -> None:
-    if training.place == "keep" and not family.can_place:
-        raise UserError(f"{family.name} cannot be told where a crop lies in its picture; use place 'restart'.")
-    if training.place == "keep" and settings.batch > 1:
-        raise UserError(f"Crops can keep their places at batch 1 only, not {settings.batch}; use place 'restart'.")
 
 
 def _fresh(

@@ -1,5 +1,7 @@
 """Loading a text-to-image pipeline to fine-tune: safetensors alone, never code of the repository."""
 
+import inspect
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from importlib.resources import files
@@ -13,6 +15,7 @@ from skipwise.finetuning.families import family_of
 from skipwise.loading import DTYPES, Source, check_weights, embedded_names, quiet, readable_errors
 
 LIBRARIES = ("diffusers", "transformers")
+VARIANT = re.compile(r"\.(\w+)(-\d+-of-\d+)?\.safetensors$")  # model.fp16.safetensors -> fp16
 
 
 def load_pipeline(
@@ -21,8 +24,9 @@ def load_pipeline(
     """The diffusers pipeline in a folder, by embedded name or by hub id; one of the families that can be fine-tuned.
 
     dtype: "float32" (the default), "bfloat16" or "float16"; revision: of a hub repository. leave_out: components, such
-    as "transformer" or "vae", that are neither fetched nor loaded and are None. Raises UserError, before any weights
-    are read, for what is no such pipeline.
+    as "transformer" or "vae", that are neither fetched nor loaded and are None, as those are that it was saved without.
+    A folder that holds a variant of the weights alone, such as fp16, is read as that. Raises UserError, before any
+    weights are read, for what is no such pipeline.
     """
     diffusers = require("diffusers", "image")
     if dtype is not None and dtype not in DTYPES:
@@ -32,6 +36,7 @@ def load_pipeline(
     index = read_index(name, revision)
     with readable_errors(source):
         _check(index, source, leave_out)
+        wanted = [part for part in components_of(index) if part not in leave_out]
         with quiet(), _no_bars(diffusers.utils.logging):
             return diffusers.DiffusionPipeline.from_pretrained(
                 str(folder or name),
@@ -39,8 +44,76 @@ def load_pipeline(
                 use_safetensors=True,
                 trust_remote_code=False,
                 torch_dtype=DTYPES[dtype or "float32"],
-                **dict.fromkeys(leave_out),
+                variant=_variant(source.folder, wanted),
+                **dict.fromkeys([*leave_out, *nulls_of(index)]),  # diffusers itself wants to be told of nulls again
             )
+
+
+def components_of(index: Mapping[str, Any]) -> dict[str, Any]:
+    """component -> (library, class name) of a model_index.json, without those that are null."""
+    return {key: value for key, value in _rows(index).items() if value[0] is not None}
+
+
+def nulls_of(index: Mapping[str, Any]) -> list[str]:
+    """The components that a pipeline was saved without."""
+    return [key for key, value in _rows(index).items() if value[0] is None]
+
+
+def _rows(index: Mapping[str, Any]) -> dict[str, Any]:
+    rows = {key: value for key, value in index.items() if not key.startswith("_")}
+    return {key: value for key, value in rows.items() if isinstance(value, list | tuple) and len(value) == 2}
+
+
+def scheduler_config(name: str) -> Mapping[str, Any]:
+    """The config of the pipeline's scheduler, with the defaults of its class."""
+    diffusers, folder = require("diffusers", "image"), _folder(name)
+    class_name = components_of(read_index(name))["scheduler"][1]
+    if not hasattr(diffusers, class_name):
+        raise UserError(f"{name} has a scheduler {class_name}, which the installed diffusers does not know.")
+    with readable_errors(Source(name, folder or Path(name))):
+        return getattr(diffusers, class_name).from_pretrained(str(folder or name), subfolder="scheduler").config
+
+
+def check_components(name: str, weights: bool = True) -> None:
+    """Raise UserError unless the pipeline has what a fine-tuning needs of it; nothing but configs and headers is read.
+
+    weights: whether they must be there; without, those that are there are looked at all the same.
+    """
+    index, folder = read_index(name), _folder(name)
+    family = family_of(index)
+    expected = inspect.signature(getattr(require("diffusers", "image"), family.pipeline).__init__).parameters
+    here = components_of(index)
+    needed = {part for part, parameter in expected.items() if parameter.default is parameter.empty} - {"self"}
+    lacking = sorted(part for part in needed if part not in here and part not in family.optional)
+    lacking += [f"tokenizer{part[12:]}" for part in here if part.startswith("text_encoder") and part[12:] not in
+                {tokenizer[9:] for tokenizer in here if tokenizer.startswith("tokenizer")}]  # fmt: skip
+    if lacking:
+        raise UserError(
+            f"{name} was saved without its {lacking[0]}, which a fine-tuning of {family.name} needs; "
+            "give the whole pipeline."
+        )
+    if folder is None:
+        return
+    for part in here:
+        if part.startswith(("text_encoder", "vae", "transformer")) and not (folder / part / "config.json").exists():
+            raise UserError(f"{name} has no {part}/config.json, which its model_index.json names; copy it again.")
+    source = Source(name, folder)
+    with readable_errors(source):
+        _check(index, source, () if weights else [part for part in here if not _has_files(folder / part)])
+
+
+def _has_files(folder: Path) -> bool:
+    """Whether any weights are in a component's folder."""
+    return any(path.suffix in (".safetensors", ".bin", ".pt", ".pth", ".ckpt") for path in folder.glob("*"))
+
+
+def _variant(folder: Path, parts: Sequence[str]) -> str | None:
+    """The variant that one of these components has alone, without the plain weights."""
+    for part in parts:
+        found = [VARIANT.search(path.name) for path in (folder / part).glob("*.safetensors")]
+        if found and all(found):
+            return next(match.group(1) for match in found if match)
+    return None
 
 
 @contextmanager
@@ -87,12 +160,12 @@ def _folder(name: str) -> Path | None:
 def _check(index: Mapping[str, Any], source: Source, leave_out: Sequence[str]) -> None:
     """Refuse other kinds of pipeline, components that bring code, and weights that are pickles."""
     family_of(index)
-    components = {key: value for key, value in index.items() if not key.startswith("_") and isinstance(value, list)}
+    components = components_of(index)
     for unwanted in leave_out:
-        if unwanted not in components:
+        if unwanted not in components and unwanted not in nulls_of(index):
             raise unknown(f"component of {source.name}", unwanted, components)
     for component, (library, _) in components.items():
-        if library is not None and library not in LIBRARIES:
+        if library not in LIBRARIES:
             raise UserError(f"{source.name}: its {component} needs code from {library!r}, which is never run.")
         inner = source.folder / component
         if component not in leave_out and (inner / "config.json").exists():

@@ -8,6 +8,7 @@ import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 from safetensors import SafetensorError, safe_open
@@ -17,10 +18,12 @@ from torch import Tensor
 from skipwise.errors import UserError
 from skipwise.files import write_bytes_atomically
 from skipwise.finetuning.draws import Draw
-from skipwise.finetuning.families import Family, Text, family_of
-from skipwise.finetuning.patches import crop_pixels
-from skipwise.finetuning.pipelines import load_pipeline, read_index
+from skipwise.finetuning.families import family_of
+from skipwise.finetuning.family import Family, Text
+from skipwise.finetuning.memory.encoders import components, scale_of
+from skipwise.finetuning.pipelines import components_of, load_pipeline, nulls_of, read_index, scheduler_config
 from skipwise.finetuning.residuals import DrawKey
+from skipwise.loading import load_skeleton
 
 Progress = Callable[[str, int, int, str], None]  # what, done, total, more to say
 TEXT = ("text_encoder", "tokenizer", "image_encoder", "feature_extractor")  # beginnings of components' names
@@ -89,8 +92,7 @@ def prepare(
     pipeline.vae.to(device)
     latents: dict[str, Tensor] = {}
     for done, draw in enumerate(draws):
-        pixels = crop_pixels(draw.example.picture.pixels(), draw.patch, resolution)
-        latents[DrawKey.of(draw).digest] = family.encode_pixels(pipeline, pixels[None])[0].cpu()
+        latents[DrawKey.of(draw).digest] = family.encode_pixels(pipeline, draw.crop(resolution)[None])[0].cpu()
         tell("encode crops", done + 1, len(draws), "")
     return Prepared(texts, latents)
 
@@ -99,6 +101,8 @@ def _encode_prompts(
     name: str, family: Family, prompts: Sequence[str], dtype: str, max_length: int | None
 ) -> dict[str, Text]:
     pipeline = load_pipeline(name, dtype=dtype, leave_out=_components(name, "transformer", "vae"))
+    if "text_encoder_3" in nulls_of(read_index(name)):  # SD3 asks its transformer how wide the zeros are
+        vars(pipeline)["transformer"] = SimpleNamespace(config=load_skeleton(name).config)
     texts = {}
     for prompt in prompts:
         encoded = family.encode_prompts(pipeline, [prompt], max_length)
@@ -107,10 +111,11 @@ def _encode_prompts(
 
 
 def load_family(name: str) -> Family:
-    """The family of a pipeline, from its configs and its autoencoder alone."""
-    return family_of(load_pipeline(name, leave_out=_components(name, "transformer", *TEXT)))
+    """The family of a pipeline, from its configs alone."""
+    found, vae = family_of(read_index(name)), components(name).get("vae")
+    return type(found)(scheduler_config(name), scale_of(vae.skeleton()) if vae else None, found.pipeline)
 
 
 def _components(name: str, *beginnings: str) -> list[str]:
     """The pipeline's components whose names begin so."""
-    return [key for key, value in read_index(name).items() if key.startswith(beginnings) and isinstance(value, list)]
+    return [key for key in components_of(read_index(name)) if key.startswith(beginnings)]

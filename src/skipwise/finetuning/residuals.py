@@ -35,8 +35,8 @@ PARTIAL = ".partial-"
 
 @dataclass(frozen=True)
 class DrawKey:
-    """What one training sample is: sha256 of the picture's file, crop (left, top, side) in its pixels, noise level,
-    seed of the noise, prompt. `digest` is what its record is called.
+    """What one training sample is: sha256 of the picture's file, and what was cut and mirrored, crop (left, top, side)
+    in its pixels, noise level, seed of the noise, prompt. `digest` is what its record is called.
     """
 
     image: str
@@ -49,7 +49,8 @@ class DrawKey:
     def of(cls, draw: Draw) -> "DrawKey":
         """The key of a draw. The weight of its loss is no part of it."""
         crop = (draw.patch.left, draw.patch.top, draw.patch.side)
-        return cls(draw.example.picture.sha256, crop, float(draw.t), draw.noise_seed, draw.example.prompt)
+        image = draw.example.picture.identity + ("-flipped" if draw.flip else "")
+        return cls(image, crop, float(draw.t), draw.noise_seed, draw.example.prompt)
 
     @cached_property
     def digest(self) -> str:

@@ -1,6 +1,8 @@
 """What a fine-tuning is to be like: everything that decides how much memory it takes."""
 
+import math
 from dataclasses import dataclass, fields, replace
+from numbers import Integral, Real
 from typing import Any, Literal, Self, get_args
 
 from skipwise.errors import UserError, unknown
@@ -11,6 +13,20 @@ from skipwise.loading import DTYPES
 Precision = Literal["mixed", "autocast", "pure"]
 Optimiser = Literal["adamw", "adamw8bit"]
 _NAMES = {"late": LateMode, "precision": Precision, "optimiser": Optimiser}
+
+
+def check_number(name: str, value: object, least: float, whole: bool = True) -> None:
+    """Raise UserError unless a setting's value is a finite number of at least `least`, and a whole one if asked."""
+    right = isinstance(value, Integral if whole else Real) and not isinstance(value, bool)
+    if not right or not least <= value < math.inf:  # type: ignore[operator]
+        kind = "a whole number" if whole else "a number"
+        raise UserError(f"A fine-tuning's {name} is {value!r}; give {kind} of {least:g} or more.")
+
+
+def check_switch(name: str, value: object) -> None:
+    """Raise UserError unless a setting's value is True or False."""
+    if not isinstance(value, bool):
+        raise UserError(f"A fine-tuning's {name} is {value!r}; give true or false.")
 
 
 @dataclass(frozen=True)
@@ -45,19 +61,26 @@ class FinetuneSettings:
         for name, literal in _NAMES.items():
             if getattr(self, name) not in get_args(literal):
                 raise unknown(f"{name} of a fine-tuning", getattr(self, name), get_args(literal))
-        if self.dtype not in DTYPES:
+        if self.dtype not in list(DTYPES):
             raise unknown("dtype", self.dtype, DTYPES)
-        for name in ("resolution", "patch", "batch", "rank", "text_tokens"):
-            value = getattr(self, name)
-            if value is not None and (not isinstance(value, int) or value < 1):
-                raise UserError(f"A fine-tuning's {name} is {value!r}; give a whole number above 0.")
+        for name in ("resolution", "batch", "rank"):
+            check_number(name, getattr(self, name), 1)
+        for name in ("patch", "text_tokens"):
+            if getattr(self, name) is not None:
+                check_number(name, getattr(self, name), 1)
+        check_switch("checkpointing", self.checkpointing)
         if self.patch is not None and self.patch > self.resolution:
             raise UserError(
                 f"Patches of {self.patch} px do not fit into pictures of {self.resolution} px; "
                 "choose a patch of at most the resolution."
             )
-        if not self.targets:
-            raise UserError("LoRA has no targets; name ends of linear layers' names, such as to_q.")
+        if isinstance(self.targets, list):  # as JSON writes it
+            object.__setattr__(self, "targets", tuple(self.targets))
+        if not self.targets or not isinstance(self.targets, tuple) or not all(isinstance(t, str) for t in self.targets):
+            raise UserError(
+                f"LoRA has no targets, which are {self.targets!r}; list ends of linear layers' names, such as "
+                '["to_q", "to_v"].'
+            )
 
     @property
     def pixels(self) -> int:

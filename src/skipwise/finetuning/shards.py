@@ -189,6 +189,10 @@ class Shards(Weights):
         blocks = tuple(f"{stack}." for stack in (self.contract.stacks if stacks is None else stacks))
         self._fill((p for p in places(model) if not p.name.startswith(blocks)), device, again=False)
 
+    def check(self, model: nn.Module) -> None:
+        """Raise UserError, naming it, for a tensor of the skeleton that the files lack or have in another shape."""
+        self._check([place for place in places(model) if place.stored])
+
     def release(self, module: nn.Module) -> None:
         """Put on the meta device what `fill` brought. Parameters are new ones: a graph may still hold the old."""
         made: dict[int, tuple[Tensor, Tensor]] = {}
@@ -234,6 +238,13 @@ class Shards(Weights):
             raise UserError(
                 f"{self.source.name} lacks {', '.join(missing[:3])}{more}. Is its config.json that of another model?"
             )
+        for place in wanted:
+            stored = self.entries[place.name].shape if place.stored and place.name in self.entries else None
+            if stored not in (None, tuple(place.tensor.shape)):
+                raise UserError(
+                    f"{self.source.name} has {place.name} in shape {stored}, the model in "
+                    f"{tuple(place.tensor.shape)}. Is its config.json that of another model?"
+                )
         lost = next((p.name for p in wanted if not p.stored and p.tensor.is_meta), None)
         if lost:
             raise UserError(
@@ -242,12 +253,7 @@ class Shards(Weights):
             )
 
     def _read(self, place: Place, device: Device) -> Tensor:
-        entry, there = self.entries[place.name], place.tensor
-        if entry.shape != tuple(there.shape):
-            raise UserError(
-                f"{self.source.name} has {place.name} in shape {entry.shape}, the model in {tuple(there.shape)}. "
-                "Is its config.json that of another model?"
-            )
+        entry = self.entries[place.name]
         with readable_errors(self.source):
             if entry.path not in self._files:
                 self._files[entry.path] = safe_open(entry.path, framework="pt", device="cpu")

@@ -16,14 +16,14 @@ from skipwise.checkpoints import Checkpoint
 from skipwise.errors import UserError, unknown
 from skipwise.files import write_atomically
 from skipwise.finetuning.draws import Draw, batch_of
-from skipwise.finetuning.families import Family
+from skipwise.finetuning.family import Family
 from skipwise.finetuning.hollow import Record, Shell
 from skipwise.finetuning.patches import PatchSchedule, Place, place_in_picture
 from skipwise.finetuning.peak import Bytes, PeakMemory
 from skipwise.finetuning.precision import computing
 from skipwise.finetuning.prepare import Prepared
 from skipwise.finetuning.residuals import DrawKey
-from skipwise.finetuning.settings import FinetuneSettings
+from skipwise.finetuning.settings import FinetuneSettings, check_number, check_switch
 from skipwise.sizes import GIB
 
 Records = Callable[[Sequence[Draw]], Record]  # what is stored of a batch of draws, on any device
@@ -39,6 +39,9 @@ class TrainingSettings:
     takes new ones all through the training, and needs the whole base model in memory.
     schedule: of the crops' sides; by default they grow linearly from the training resolution to the whole picture.
     place: "restart" tells the model nothing of where a crop was, "keep" does where its positions allow, at batch 1.
+    center_crop: crops are taken from the central square of every picture, otherwise from everywhere; random_flip: half
+    of the draws are of the mirrored picture; both as in diffusers' DreamBooth scripts, which have them off.
+    guidance: the scale that a distilled model is told, None for the family's own (3.5 for FLUX.1-dev).
     prior_weight: of pictures of the subject's class, against forgetting it (prior preservation, DreamBooth).
     """
 
@@ -48,6 +51,9 @@ class TrainingSettings:
     draws: int = 32
     schedule: PatchSchedule | None = None
     place: PlaceMode = "restart"
+    center_crop: bool = False
+    random_flip: bool = False
+    guidance: float | None = None
     prior_weight: float = 1.0
     accumulate: int = 1
     clip: float = 1.0
@@ -55,12 +61,15 @@ class TrainingSettings:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        for name in ("steps", "accumulate", "checkpoint_every"):
-            if getattr(self, name) < 1:
-                raise UserError(f"A fine-tuning's {name} is {getattr(self, name)}; give a whole number above 0.")
-        for name in ("draws", "warmup", "prior_weight"):
-            if getattr(self, name) < 0:
-                raise UserError(f"A fine-tuning's {name} is {getattr(self, name)}; give 0 or more.")
+        least = {"steps": 1, "accumulate": 1, "checkpoint_every": 1, "draws": 0, "warmup": 0, "seed": 0}
+        for name, number in least.items():
+            check_number(name, getattr(self, name), number)
+        for name in ("learning_rate", "prior_weight", "clip"):
+            check_number(name, getattr(self, name), 0, whole=False)
+        if self.guidance is not None:
+            check_number("guidance", self.guidance, 0, whole=False)
+        for name in ("center_crop", "random_flip"):
+            check_switch(name, getattr(self, name))
         if not self.learning_rate > 0:
             raise UserError(f"The learning rate is {self.learning_rate}; give a number above 0, such as 1e-4.")
         if self.place not in get_args(PlaceMode):

@@ -15,22 +15,27 @@ from skipwise.loading.checks import (
 from skipwise.loading.classes import DTYPES, NATIVE, build_skeleton
 from skipwise.loading.devices import dtype_name, read_device, read_dtype
 from skipwise.loading.load import load, load_random, load_skeleton
-from skipwise.loading.source import Source, embedded_names, find, pipeline_folder
+from skipwise.loading.source import Source, embedded_names, find, find_tokenizer, pipeline_folder
+from skipwise.loading.tokenizers import chat_prompts, check_tokenizer, load_tokenizer
 
 __all__ = [
     "DTYPES",
     "NATIVE",
     "Source",
     "build_skeleton",
+    "chat_prompts",
     "check_keys",
     "check_plain",
+    "check_tokenizer",
     "check_weights",
     "dtype_name",
     "embedded_names",
     "find",
+    "find_tokenizer",
     "load",
     "load_random",
     "load_skeleton",
+    "load_tokenizer",
     "pipeline_folder",
     "quantisation",
     "quiet",

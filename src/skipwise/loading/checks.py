@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
 from torch import nn
 from transformers.utils import logging as transformers_logging
@@ -34,7 +35,9 @@ def readable_errors(source: Source) -> Iterator[None]:
         raise
     except Exception as error:
         method = _quantised_source(source)
-        if not method and not isinstance(error, OSError | KeyError | ValueError | RuntimeError | ImportError):
+        if not method and not isinstance(
+            error, OSError | KeyError | ValueError | TypeError | RuntimeError | ImportError | StrictDataclassError
+        ):
             raise
         reason = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
         if isinstance(error, ImportError) and error.name and "pip install" not in reason:
@@ -103,6 +106,19 @@ def check_weights(source: Source) -> None:
     raise UserError(
         f"{source.name} has a config but no .safetensors weights; use it with `skipwise inspect`, or add them."
     )
+
+
+def check_names(source: Source) -> None:
+    """Raise UserError when the folder's safetensors have none of the names that loading looks for."""
+    found = min(path.name for path in source.folder.glob("*.safetensors"))
+    stem = "diffusion_pytorch_model" if "_class_name" in source.config else "model"
+    names = (f"{stem}.safetensors", f"{stem}.safetensors.index.json")
+    named = source.config.get("transformers_weights")  # a config may name another file
+    if named is None and not any((source.folder / name).exists() for name in names):
+        raise UserError(
+            f"{source.name} has {found} but neither {names[0]} nor, for several files, {names[1]}; rename its weights, "
+            "or copy the index too."
+        )
 
 
 def only_variant(source: Source) -> str | None:

@@ -4,10 +4,12 @@ from typing import Any
 
 import torch
 import transformers
+from huggingface_hub.errors import StrictDataclassError
 from torch import nn
 
 from skipwise.errors import UserError, require
 from skipwise.models import dream, llada, mdlm
+from skipwise.models.official import TAKEN, relative
 
 # config.json model_type -> (model class, config class, key mapping)
 NATIVE: dict[str, tuple[Any, Any, dict[str, str]]] = {
@@ -28,8 +30,16 @@ def recipe(config: dict[str, Any], name: str) -> tuple[Any, dict[str, Any]]:
         return getattr(diffusers, config["_class_name"]), {}
     if kind in NATIVE:
         model_class, config_class, _ = NATIVE[kind]
-        return model_class, {"config": config_class.from_dict(config)}
+        try:
+            return model_class, {"config": config_class.from_dict(config)}
+        except (TypeError, ValueError, StrictDataclassError) as error:  # a UserError is a ValueError
+            raise UserError(f"{name}: {' '.join(str(error).split())}") from error
     if kind not in transformers.CONFIG_MAPPING:
+        if what := relative(kind):
+            raise UserError(
+                f"{name} is {what} (model_type {kind!r}), which skipwise does not implement; of masked diffusion "
+                f"language models it takes {TAKEN}. The repository's own code is never run."
+            )
         raise UserError(
             f"{name} has model_type {kind!r}, which neither skipwise nor the installed transformers knows. "
             "The repository's own code is never run; a newer transformers may know it."
@@ -44,6 +54,12 @@ def build_skeleton(config: dict[str, Any], name: str) -> nn.Module:
     with torch.device("meta"):
         if "_class_name" in config:
             return model_class.from_config(config).eval()
-        built = settings.get("config") or transformers.CONFIG_MAPPING[config["model_type"]].from_dict(config)
+        built = settings.get("config") or _from_dict(config)
         auto = model_class is transformers.AutoModelForCausalLM
         return (model_class.from_config(built) if auto else model_class._from_config(built)).eval()
+
+
+def _from_dict(config: dict[str, Any]) -> Any:
+    """The config object of a config.json, in which transformers writes an infinity as {"__float__": "Infinity"}."""
+    config_class = transformers.CONFIG_MAPPING[config["model_type"]]
+    return config_class.from_dict(config_class._decode_special_floats(config))

@@ -12,6 +12,7 @@ from torch import nn
 from skipwise.errors import UserError, require
 from skipwise.loading.checks import (
     check_keys,
+    check_names,
     check_requantised,
     check_weights,
     only_variant,
@@ -23,7 +24,7 @@ from skipwise.loading.devices import Device, Dtype, read_device, read_dtype
 from skipwise.loading.gguf_file import GGUF, gguf_skeleton, load_gguf
 from skipwise.loading.single_file import load_single_file, single_file_skeleton
 from skipwise.loading.source import Source, find
-from skipwise.loading.tokenizers import load_tokenizer
+from skipwise.loading.tokenizers import check_tokenizer, load_tokenizer
 from skipwise.models.random import random_model
 from skipwise.presets import names as preset_names
 from skipwise.presets import read as read_preset
@@ -39,7 +40,7 @@ def load(
     quantization_config: Any = None,
     variant: str | None = None,
     revision: str | None = None,
-    tokenizer: str | None = None,
+    tokenizer: Any = None,
 ) -> tuple[Any, Any]:
     """(model, tokenizer) by embedded name, folder, hub id or file (.gguf, or the .safetensors of a diffusers
     transformer); tokenizer None where there is none.
@@ -47,17 +48,19 @@ def load(
     dtype: torch.bfloat16, "bfloat16", "bf16" and so on, by default or with "auto" the checkpoint's; device: such as
     "cuda"; device_map: instead of a device, accelerate's ("auto", or a dictionary of module -> device);
     quantization_config: of transformers or diffusers, to quantise the weights as they are read; variant: of the weight
-    files, such as "fp16"; revision: of a hub repository; tokenizer: a name or folder to take the tokenizer from.
+    files, such as "fp16"; revision: of a hub repository; tokenizer: another one than that beside the weights, by the
+    name of a model, a folder or a hub id, or loaded already: it must have the model's tokens.
     The model is in eval mode. Raises UserError with the next step for everything that can be wrong.
     """
     chosen, place = read_dtype(dtype), read_device(device)
-    given = {"device_map": _device_map(device_map, place), "quantization_config": quantization_config}
+    given = {"device_map": _device_map(device_map, place), "quantization_config": _quantisation(quantization_config)}
     given = {key: value for key, value in (given | {"variant": variant}).items() if value is not None}
     source = find(name, revision)
     with readable_errors(source):
+        words = load_tokenizer(source, tokenizer)  # first: it takes no time, and what is wrong with it is told at once
         read = _load_file if source.gguf or source.single else _load_folder
         model = read(source, chosen, given)
-        words = load_tokenizer(source, tokenizer)
+        check_tokenizer(words, model.config, source.name)
         model = model.eval()
         return model if place is None else model.to(place), words
 
@@ -107,6 +110,15 @@ def _device_map(wanted: Any, place: torch.device | None) -> Any:
     return wanted
 
 
+def _quantisation(config: Any) -> Any:
+    if config is None or isinstance(config, dict) or hasattr(config, "quant_method"):
+        return config
+    raise UserError(
+        f"quantization_config={config!r} is none; give one of transformers or diffusers, such as "
+        "BitsAndBytesConfig(load_in_4bit=True)."
+    )
+
+
 def _load_file(source: Source, dtype: torch.dtype | None, given: dict[str, Any]) -> Any:
     """A GGUF file, or a .safetensors file of a transformer alone."""
     language = source.gguf and GGUF.open(source).is_language_model
@@ -125,6 +137,8 @@ def _load_folder(source: Source, dtype: torch.dtype | None, given: dict[str, Any
         settings["config"].quantization_config = config["quantization_config"]
     check_weights(source)
     given = {"variant": only_variant(source)} | check_requantised(config, source.name, given)
+    if given["variant"] is None:  # the files of a variant have another name
+        check_names(source)
     settings |= {"torch_dtype": dtype} if diffusers else {"dtype": dtype or "auto", "trust_remote_code": False}
     if not diffusers:
         settings["ignore_mismatched_sizes"] = True  # so that they are reported with the others

@@ -18,6 +18,8 @@ FETCHED = {"smollm2-135m": "smollm2"}
 
 # What may be fetched from a hub: no code, no pickle.
 PATTERNS = ["*.json", "*.safetensors", "*.txt", "*.model", "*.jinja", "*.gguf", "README.md", "LICENSE*", "NOTICE*"]
+CONFIG_PATTERNS = ["config.json", "*/config.json", "model_index.json"]
+TOKENIZER_PATTERNS = ["*.json", "*.txt", "*.model", "*.jinja"]
 
 
 @dataclass(frozen=True)
@@ -54,6 +56,23 @@ def embedded_names() -> list[str]:
 
 def find(name: str, revision: str | None = None, weights: bool = True) -> Source:
     """Where the model of this name is. A hub repository is fetched, its config alone when `weights` is False."""
+    return _find(name, revision, PATTERNS if weights else CONFIG_PATTERNS)
+
+
+def find_tokenizer(name: str) -> Source:
+    """Where the tokenizer of this name is: a folder, which need hold nothing else, or what `find` takes.
+
+    Of a hub repository no weights are fetched. Raises UserError as `find` does, and for a file.
+    """
+    path = Path(name).expanduser()
+    if path.is_dir():
+        return Source(name, path)
+    if path.is_file() and path.suffix != ".gguf":
+        raise UserError(f"{name} is a file; name the folder of the tokenizer, {path.parent}.")
+    return _find(name, None, TOKENIZER_PATTERNS)
+
+
+def _find(name: str, revision: str | None, patterns: list[str]) -> Source:
     if name in embedded_names():
         return Source(name, _denoiser(_embedded(name)))
     if name in FETCHED:
@@ -71,7 +90,7 @@ def find(name: str, revision: str | None = None, weights: bool = True) -> Source
         return Source(name, path.parent, single=path.name)
     if path.is_dir():
         return Source(name, _denoiser(path))
-    return _from_hub(name, revision, weights)
+    return _from_hub(name, revision, patterns)
 
 
 def _embedded(name: str) -> Path:
@@ -95,7 +114,7 @@ def pipeline_folder(name: str, revision: str | None = None) -> Path:
     return folder.parent
 
 
-def _from_hub(name: str, revision: str | None, weights: bool) -> Source:
+def _from_hub(name: str, revision: str | None, patterns: list[str]) -> Source:
     if name in preset_names():
         raise UserError(
             f"{name} is a preset, a config without weights; use it with `skipwise inspect` or with "
@@ -105,10 +124,9 @@ def _from_hub(name: str, revision: str | None, weights: bool) -> Source:
         known = [*embedded_names(), *FETCHED, *preset_names()]
         problem = str(unknown("model", name, known))
         raise UserError(f"{problem} Or give an existing folder, a .gguf file, or a hub id such as org/name.")
-    patterns = PATTERNS if weights else ["config.json", "*/config.json", "model_index.json"]
     try:
         folder = Path(snapshot_download(name, revision=revision, allow_patterns=patterns))
     except (OfflineModeIsEnabled, LocalEntryNotFoundError, HfHubHTTPError, HFValidationError, OSError) as error:
         reason = str(error).strip().splitlines()[0]
         raise UserError(f"{name} is no folder here and cannot be fetched from the hub: {reason}") from error
-    return find(str(folder), weights=weights) if (folder / "model_index.json").exists() else Source(name, folder)
+    return _find(str(folder), None, patterns) if (folder / "model_index.json").exists() else Source(name, folder)

@@ -9,23 +9,34 @@ from skipwise.errors import UserError
 from skipwise.models.dream import DreamModel as Dream
 from skipwise.models.llada import LLaDA
 from skipwise.models.mdlm import MDLM
-from skipwise.models.native import MaskedDiffusion
+from skipwise.models.native import MaskedDiffusion, fact
 
-__all__ = ["MDLM", "Dream", "Kind", "LLaDA", "MaskedDiffusion", "end_of_text", "head_of", "kind_of", "mask_token"]
+__all__ = [
+    "MDLM",
+    "Dream",
+    "Kind",
+    "LLaDA",
+    "MaskedDiffusion",
+    "end_of_text",
+    "fact",
+    "head_of",
+    "kind_of",
+    "mask_token",
+]
 
-Kind = Literal["masked diffusion", "autoregressive", "encoder", "image or video diffusion"]
+Kind = Literal["masked diffusion", "block diffusion", "autoregressive", "encoder", "image or video diffusion"]
 
 
 def kind_of(model: nn.Module) -> Kind:
-    """What a model is, as far as analyses and samplers need to know."""
+    """What a model is, as far as analyses and samplers need to know: by what it can do, not by its name."""
     if getattr(model, "is_masked_diffusion", False):
         return "masked diffusion"
-    if type(model).__name__.endswith(("ForMaskedLM", "BertModel")):
-        return "encoder"
-    if isinstance(model, GenerationMixin):
-        return "autoregressive"
     if hasattr(model, "config_name"):  # a diffusers model, without importing diffusers
         return "image or video diffusion"
+    if isinstance(model, GenerationMixin):
+        return "autoregressive"
+    if hasattr(model.config, "canvas_length"):  # DiffusionGemma writes a canvas of random tokens over and over
+        return "block diffusion"
     return "encoder"
 
 

@@ -16,9 +16,12 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 from skipwise.errors import UserError
 from skipwise.models.bidirectional import Bidirectional, Where, kept
 from skipwise.models.native import OfficialConfig, registered
-from skipwise.models.official import check_official
+from skipwise.models.official import Layout
 
-ONLY_SUPPORTED = {"use_sliding_window": False, "hidden_act": "silu", "rope_scaling": None, "use_mrope": False}
+OFFICIAL_VOCABULARY, END_OF_TURN = 152064, 151645
+OFFICIAL_ROPE = 10000.0  # what the official code takes where the config does not say; Dream-7B's says 1e6
+
+ONLY_SUPPORTED = {"use_sliding_window": False, "hidden_act": "silu", "use_mrope": False}
 NEEDED = ("hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size", "vocab_size")
 # keys that the official config.json and Qwen2's share
 SHARED = (
@@ -34,16 +37,23 @@ SHARED = (
     "bos_token_id",
     "eos_token_id",
 )
-# of the remote code's own bookkeeping; means nothing here
-_IGNORED = (
-    "auto_map",
-    "model_type",
-    "architectures",
-    "rope_theta",
-    "transformers_version",
-    "use_cache",
-    *ONLY_SUPPORTED,
+
+LAYOUT = Layout(
+    family="Dream",
+    architectures=("DreamModel",),
+    needed=NEEDED,
+    used=(*SHARED, "rope_theta", "rope_scaling"),
+    only=ONLY_SUPPORTED,
+    idle=("sliding_window", "max_window_layers"),  # of sliding windows
 )
+
+# rope_type -> what else rope_scaling may say: the types of Qwen2 that turn a position the same way in every sequence
+ROPE_TYPES: dict[str, tuple[str, ...]] = {
+    "default": (),
+    "linear": ("factor",),
+    "llama3": ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"),
+    "yarn": ("factor", "original_max_position_embeddings", "attention_factor", "beta_fast", "beta_slow"),
+}
 
 KEY_MAPPING: dict[str, str] = {}  # the names are Qwen2's own
 
@@ -53,8 +63,10 @@ class DreamConfig(OfficialConfig, Qwen2Config):
 
     model_type = "Dream"
     mask_token_id: int | None = 151666
+    eot_token_id: int | None = None  # ends a turn; the official files know it by number only
     is_causal: bool = False
     use_cache: bool = False
+    layout: ClassVar[Layout] = LAYOUT
     only: ClassVar[Mapping[str, Any]] = ONLY_SUPPORTED
 
     @classmethod
@@ -68,21 +80,52 @@ class DreamConfig(OfficialConfig, Qwen2Config):
 
         Raises UserError naming the key, its value and the supported one for what this module does not implement.
         """
-        check_official("Dream", official, NEEDED, ONLY_SUPPORTED)
-        settings = {key: value for key, value in official.items() if key not in _IGNORED}
-        rope = {"rope_type": "default", "rope_theta": float(official.get("rope_theta", 1e6))}
-        return cls(architectures=["DreamModel"], rope_parameters=rope, **settings)
+        stored = LAYOUT.check(official)
+        settings = {key: official[key] for key in SHARED if key in official}
+        if settings["vocab_size"] == OFFICIAL_VOCABULARY:
+            settings["eot_token_id"] = END_OF_TURN
+        rope = _rope(official.get("rope_scaling")) | {"rope_theta": float(official.get("rope_theta") or OFFICIAL_ROPE)}
+        return cls(architectures=["DreamModel"], rope_parameters=rope, **settings, **stored)
 
     def to_official(self) -> dict[str, Any]:
         """The official config.json that `from_official` reads back to this config."""
         official = {key: getattr(self, key) for key in SHARED}
         official |= {key: value for key, value in ONLY_SUPPORTED.items() if value is not None}
-        official |= {"rope_theta": cast(dict, self.rope_parameters)["rope_theta"]}
+        rope = dict(cast(dict, self.rope_parameters))
+        official |= {"rope_theta": rope.pop("rope_theta")}
+        official |= {"rope_scaling": None if rope["rope_type"] == "default" else rope}
         return {"model_type": "Dream", "architectures": ["DreamModel"], **official}
 
 
+def _rope(scaling: Mapping[str, Any] | None) -> dict[str, Any]:
+    """transformers' rope_parameters, but for rope_theta, of what a config.json calls rope_scaling.
+
+    Raises UserError for a type that is not among ROPE_TYPES, and for what belongs to no type or is missing.
+    """
+    given = {key: value for key, value in (scaling or {}).items() if value is not None}
+    kind = given.pop("type", "default")
+    kind = given.pop("rope_type", kind)
+    if kind not in ROPE_TYPES:
+        raise UserError(
+            f"Dream config has rope_scaling of the type {kind!r}; skipwise implements {', '.join(ROPE_TYPES)}, which "
+            "do not depend on the length of the sequence."
+        )
+    other = [key for key in given if key not in ROPE_TYPES[kind]]
+    if other:
+        raise UserError(
+            f"Dream config's rope_scaling has {other[0]}={given[other[0]]!r}; of the type {kind!r} are "
+            f"{', '.join(ROPE_TYPES[kind]) or 'no other keys'}."
+        )
+    needed = ROPE_TYPES[kind] if kind == "llama3" else ROPE_TYPES[kind][:1]
+    for key in needed:
+        number = given.get(key)
+        if not isinstance(number, int | float) or not (number >= 1 or key.endswith("freq_factor")):
+            raise UserError(f"Dream config's rope_scaling of the type {kind!r} has {key}={number!r}; give a number.")
+    return {"rope_type": kind, **given}
+
+
 @registered
-class DreamModel(Bidirectional, Qwen2ForCausalLM):
+class DreamModel(Bidirectional, Qwen2ForCausalLM):  # type: ignore[misc]  # generate is not transformers'
     """Dream with its language-model head. `model(input_ids).logits[b, p]` predicts the token *at* position p.
 
     input_ids: (batch, length) int64, masked positions hold `config.mask_token_id`; attention_mask: (batch, length),

@@ -6,7 +6,7 @@ kernels, device placement, sharded loading and maintenance come from transformer
 """
 
 from collections.abc import Mapping
-from typing import Any, cast
+from typing import Any, ClassVar, cast
 
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
@@ -14,11 +14,12 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from skipwise.errors import UserError
 from skipwise.models.bidirectional import Bidirectional
 from skipwise.models.native import OfficialConfig, registered
-from skipwise.models.official import check_official
+from skipwise.models.official import Layout
 from skipwise.models.random import random_model
 
 # official config.json key -> LlamaConfig key
 CONFIG_KEYS = {
+    "attention_dropout": "attention_dropout",
     "d_model": "hidden_size",
     "n_layers": "num_hidden_layers",
     "n_heads": "num_attention_heads",
@@ -46,11 +47,40 @@ ONLY_SUPPORTED = {
     "include_qkv_bias": False,
     "scale_logits": False,
     "layer_norm_type": "rms",
+    "layer_norm_with_affine": True,
+    "bias_for_layer_norm": False,
     "activation_type": "silu",
     "attention_layer_norm": False,
     "input_emb_norm": False,
     "multi_query_attention": None,
+    "residual_dropout": 0.0,
+    "embedding_dropout": 0.0,
 }
+
+LAYOUT = Layout(
+    family="LLaDA",
+    architectures=("LLaDAModelLM",),
+    needed=("d_model", "n_layers", "n_heads", "vocab_size"),
+    used=(*CONFIG_KEYS, "mlp_ratio", "embedding_size", "rope_theta"),
+    only=ONLY_SUPPORTED,
+    # biases of alibi, norms of attention, how weights began, kernels and precision of the official training code
+    idle=(
+        "alibi_bias_max",
+        "attention_layer_norm_with_affine",
+        "flash_attention",
+        "init_cutoff_factor",
+        "init_device",
+        "init_fn",
+        "init_std",
+        "precision",
+        "train_max_sequence_length",
+    ),
+    not_taken={
+        "rope_scaling": "which LLaDA's own code does not read, so that what is meant is not known; take it out of "
+        "config.json, or scale rope_theta, which is what NTK scaling does.",
+        "rope_parameters": "which LLaDA's own code does not read; write rope_theta instead.",
+    },
+)
 
 # part of a block in the official checkpoint -> here
 PARTS = {
@@ -66,15 +96,16 @@ PARTS = {
 }
 ENDS = {"wte": "model.embed_tokens", "ln_f": "model.norm", "ff_out": "lm_head"}
 
-# regular expression over official keys -> key of this module; the outer prefix `model.` may be missing. transformers
-# carries over one captured group a pattern, no more, and turns the patterns round to save in the official layout.
+# regular expression over official keys -> key of this module. The outer prefix `model.` may be missing: transformers
+# adds its own. It carries over one captured group a pattern, no more. To save the official layout it turns the patterns
+# round, which is why the short names at the ends are anchored.
 KEY_MAPPING = {
-    rf"^{prefix}transformer\.{theirs}\.": f"^{ours}."
-    for prefix in ("", r"model\.")
-    for theirs, ours in (
-        *ENDS.items(),
-        *((rf"blocks\.(\d+)\.{part}", rf"model.layers.\1.{here}") for part, here in PARTS.items()),
-    )
+    r"transformer\.wte\.": "embed_tokens.",
+    r"^transformer\.ln_f\.": "^model.norm.",
+    r"^transformer\.ff_out\.": "^lm_head.",
+    r"^model\.transformer\.ln_f\.": "^model.norm.",
+    r"^model\.transformer\.ff_out\.": "^lm_head.",
+    **{rf"transformer\.blocks\.(\d+)\.{theirs}\.": rf"layers.\1.{ours}." for theirs, ours in PARTS.items()},
 }
 
 
@@ -86,6 +117,7 @@ class LLaDAConfig(OfficialConfig, LlamaConfig):
     eot_token_id: int | None = None  # ends a turn; the official files know it by number only
     is_causal: bool = False
     use_cache: bool = False
+    layout: ClassVar[Layout] = LAYOUT
 
     @classmethod
     def is_official(cls, config: Mapping[str, Any]) -> bool:
@@ -98,14 +130,21 @@ class LLaDAConfig(OfficialConfig, LlamaConfig):
 
         Raises UserError naming the key, its value and the supported one for what this module does not implement.
         """
-        check_official("LLaDA", official, ("d_model", "n_layers", "n_heads", "mlp_hidden_size"), ONLY_SUPPORTED)
+        stored = LAYOUT.check(official)
         settings = {ours: official[theirs] for theirs, ours in CONFIG_KEYS.items() if theirs in official}
+        if settings.get("intermediate_size") is None:
+            if official.get("mlp_ratio") is None:
+                raise UserError("LLaDA config lacks mlp_hidden_size; is this an official LLaDA config.json?")
+            settings["intermediate_size"] = official["mlp_ratio"] * official["d_model"]
         # the embedding table is `embedding_size` rows tall; it is padded above the tokenizer's vocabulary
         settings["vocab_size"] = official.get("embedding_size") or official["vocab_size"]
         if settings["vocab_size"] == OFFICIAL_VOCABULARY:
             settings["eot_token_id"] = END_OF_TURN
-        settings["rope_parameters"] = {"rope_type": "default", "rope_theta": float(official.get("rope_theta", 10000.0))}
-        return cls(architectures=["LLaDAModelLM"], **settings)
+        theta = float(official.get("rope_theta") or 10000.0)
+        settings["rope_parameters"] = {"rope_type": "default", "rope_theta": theta}
+        # where the official defaults are not Llama's
+        settings = {"rms_norm_eps": 1e-5, "bos_token_id": None, "eos_token_id": None} | settings
+        return cls(architectures=["LLaDAModelLM"], **settings, **stored)
 
     def to_official(self) -> dict[str, Any]:
         """The official config.json that `from_official` reads back to this config."""
@@ -117,7 +156,7 @@ class LLaDAConfig(OfficialConfig, LlamaConfig):
 
 
 @registered
-class LLaDAModelLM(Bidirectional, LlamaForCausalLM):
+class LLaDAModelLM(Bidirectional, LlamaForCausalLM):  # type: ignore[misc]  # generate is not transformers'
     """LLaDA with its language-model head. `model(input_ids).logits[b, p]` predicts the token *at* position p.
 
     input_ids: (batch, length) int64, masked positions hold `config.mask_token_id`; attention_mask: (batch, length),

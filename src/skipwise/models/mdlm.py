@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import Cache, PreTrainedConfig, PreTrainedModel
+from transformers.generation import GenerationMixin
 from transformers.modeling_outputs import MaskedLMOutput
 
 from skipwise.models.bidirectional import Where, kept
@@ -21,7 +22,7 @@ from skipwise.models.hooks import watched
 from skipwise.models.lean import Places, following, quickly, spread
 from skipwise.models.linear import linear
 from skipwise.models.native import MaskedDiffusion, OfficialConfig, registered
-from skipwise.models.official import check_official
+from skipwise.models.official import Layout
 from skipwise.models.workspace import Workspace
 
 FREQUENCIES = 256  # of the sinusoidal embedding of sigma
@@ -29,11 +30,14 @@ ROTARY_BASE = 10000.0
 Store = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
 Modulation = tuple[Tensor, ...]
 KEY_MAPPING = {r"^backbone\.": ""}
-_KEYS = ("model_length", "vocab_size", "hidden_dim", "cond_dim", "n_blocks", "n_heads", "dropout", "time_conditioning")
+_NEEDED = ("vocab_size", "hidden_dim", "cond_dim", "n_blocks", "n_heads")
+_KEYS = (*_NEEDED, "model_length", "dropout", "time_conditioning")
+
+LAYOUT = Layout(family="MDLM", architectures=("MDLM",), needed=_NEEDED, used=(*_KEYS, "mask_token_id"))
 
 
 class MDLMConfig(OfficialConfig, PreTrainedConfig):
-    """The official config's own keys. The mask token is the last of the vocabulary."""
+    """The official config's own keys. The mask token is the last of the vocabulary, unless mask_token_id names one."""
 
     model_type = "mdlm"
     attribute_map: ClassVar[dict[str, str]] = {
@@ -50,6 +54,7 @@ class MDLMConfig(OfficialConfig, PreTrainedConfig):
     dropout: float = 0.1
     time_conditioning: bool = False
     mask_token_id: int | None = None
+    layout: ClassVar[Layout] = LAYOUT
 
     def __post_init__(self, **kwargs: Any) -> None:
         if self.mask_token_id is None:
@@ -63,13 +68,18 @@ class MDLMConfig(OfficialConfig, PreTrainedConfig):
 
     @classmethod
     def from_official(cls, official: dict[str, Any]) -> "MDLMConfig":
-        """Translate the dictionary of an official config.json. Raises UserError when it lacks a size."""
-        check_official("MDLM", official, ("vocab_size", "hidden_dim", "cond_dim", "n_blocks", "n_heads"))
-        return cls(architectures=["MDLM"], **{key: official[key] for key in _KEYS if key in official})
+        """Translate the dictionary of an official config.json.
+
+        Raises UserError naming the key when one is missing, or means nothing that this module implements.
+        """
+        stored = LAYOUT.check(official)
+        settings = {key: official[key] for key in (*_KEYS, "mask_token_id") if key in official}
+        return cls(architectures=["MDLM"], **settings, **stored)
 
     def to_official(self) -> dict[str, Any]:
         """The dictionary of the official config.json."""
-        return {"architectures": ["MDLM"], "model_type": self.model_type} | {key: getattr(self, key) for key in _KEYS}
+        keys = _KEYS if self.mask_token_id == self.vocab_size - 1 else (*_KEYS, "mask_token_id")
+        return {"architectures": ["MDLM"], "model_type": self.model_type} | {key: getattr(self, key) for key in keys}
 
 
 class _Norm(nn.Module):
@@ -93,17 +103,17 @@ class _Embedding(nn.Module):
 
 
 class _SigmaEmbedding(nn.Module):
-    """sigma (batch,) -> (batch, cond_dim)."""
+    """sigma (batch,) -> (batch, cond_dim), in the model's dtype, which quantised weights do not tell."""
 
     def __init__(self, width: int):
         super().__init__()
         self.mlp = nn.Sequential(nn.Linear(FREQUENCIES, width), nn.SiLU(), nn.Linear(width, width))
 
-    def forward(self, sigma: Tensor) -> Tensor:
+    def forward(self, sigma: Tensor, dtype: torch.dtype) -> Tensor:
         half = FREQUENCIES // 2
         rates = torch.exp(-math.log(10000.0) * torch.arange(half, device=sigma.device, dtype=torch.float32) / half)
         angles = sigma.float()[:, None] * rates
-        return self.mlp(torch.cat([angles.cos(), angles.sin()], dim=-1).to(cast(nn.Linear, self.mlp[0]).weight.dtype))
+        return self.mlp(torch.cat([angles.cos(), angles.sin()], dim=-1).to(dtype))
 
 
 def _modulate(x: Tensor, shift: Tensor, factor: Tensor) -> Tensor:
@@ -218,7 +228,7 @@ def _bare(block: nn.Module) -> bool:
 
 
 @registered
-class MDLM(MaskedDiffusion, PreTrainedModel):
+class MDLM(MaskedDiffusion, GenerationMixin, PreTrainedModel):  # type: ignore[misc]  # generate is not transformers'
     """MDLM with its head. `model(input_ids).logits[b, p]` are raw scores of the token at position p.
 
     input_ids: (batch, length) int64, masked positions hold `config.mask_token_id`; attention_mask: (batch, length),
@@ -235,6 +245,7 @@ class MDLM(MaskedDiffusion, PreTrainedModel):
     predicts_mask = False
     commits_by_confidence = False
     official_keys = KEY_MAPPING
+    counts_what_runs = True  # its forward numbers the blocks that run, whichever they are
     _no_split_modules = {"MDLMBlock"}  # noqa: RUF012 (transformers' own way)
 
     def __init__(self, config: MDLMConfig):
@@ -246,7 +257,7 @@ class MDLM(MaskedDiffusion, PreTrainedModel):
         self.post_init()
 
     @property
-    def takes_sigma(self) -> bool:
+    def takes_sigma(self) -> bool:  # type: ignore[override]
         """Whether the config asks for time conditioning."""
         return self.config.time_conditioning
 
@@ -339,9 +350,9 @@ class MDLM(MaskedDiffusion, PreTrainedModel):
     ) -> tuple[Tensor, list[Modulation] | None]:
         """The conditioning (batch, cond_dim); all that is made of it, where that is known from an earlier forward."""
         if sigma is not None and self.config.time_conditioning:
-            return F.silu(self.sigma_map(sigma)), None
+            return F.silu(self.sigma_map(sigma, x.dtype)), None
         if space is None:
-            return F.silu(self.sigma_map(torch.zeros(len(x), device=x.device))), None
+            return F.silu(self.sigma_map(torch.zeros(len(x), device=x.device), x.dtype)), None
         begun = "modulations" in space.kept
         conditioning, modulations, flops = space.keep("modulations", self._modulations)
         space.known_flops = flops * (len(x) - (not begun))
@@ -351,8 +362,9 @@ class MDLM(MaskedDiffusion, PreTrainedModel):
         """Without noise: the conditioning (1, cond_dim), what blocks and output make of it, and the FLOPs of that."""
         parts: Any = (*self.blocks, self.output_layer)
         maps = [self.sigma_map.mlp[0], self.sigma_map.mlp[2], *(part.adaLN_modulation for part in parts)]
-        conditioning = F.silu(self.sigma_map(torch.zeros(1, device=maps[0].weight.device)))
-        flops = 2 * sum(part.weight.numel() for part in maps)
+        words = self.vocab_embed.embedding
+        conditioning = F.silu(self.sigma_map(torch.zeros(1, device=words.device), words.dtype))
+        flops = 2 * sum(part.in_features * part.out_features for part in maps)
         return conditioning, [part.modulation(conditioning) for part in parts], flops
 
     def _narrows(self, where: Where | int | None, bare: bool) -> bool:
@@ -363,7 +375,7 @@ class MDLM(MaskedDiffusion, PreTrainedModel):
     def spared(self, rows: int, keys: int) -> int:
         """FLOPs that this spares for every other position."""
         last: Any = self.blocks[-1]
-        return 2 * sum(part.weight.numel() for part in (last.attn_out, last.mlp[0], last.mlp[2]))
+        return 2 * sum(part.in_features * part.out_features for part in (last.attn_out, last.mlp[0], last.mlp[2]))
 
     @property
     def head(self) -> nn.Module:

@@ -9,9 +9,11 @@ remote code, and they do so even under trust_remote_code=True: transformers pref
 from collections.abc import Mapping
 from typing import Any, ClassVar, TypeVar
 
+from torch import nn
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelForMaskedLM
 
 from skipwise.errors import UserError
+from skipwise.models.official import Layout
 
 Model = TypeVar("Model")
 
@@ -41,14 +43,10 @@ class MaskedDiffusion:
     takes_cache: ClassVar[bool] = False
     predicts_mask: ClassVar[bool] = True
     commits_by_confidence: ClassVar[bool] = True
+    takes_sigma: bool = False
 
     # regular expression over the keys of an official checkpoint -> key of this module, as transformers' key_mapping
     official_keys: ClassVar[Mapping[str, str]] = {}
-
-    @property
-    def takes_sigma(self) -> bool:
-        """Whether `forward` wants to be told the noise level."""
-        return False
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: Any, *args: Any, **kwargs: Any) -> Any:
@@ -68,7 +66,7 @@ class MaskedDiffusion:
             save_directory, *args, save_original_format=save_original_format, **kwargs
         )
 
-    def generate(self, inputs: Any = None, generation_config: Any = None, **kwargs: Any) -> Any:
+    def generate(self: Any, inputs: Any = None, generation_config: Any = None, **kwargs: Any) -> Any:
         """Decode with the sampler of this model's family: `skipwise.generate` by the arguments of transformers.
 
         See `skipwise.sampling.as_transformers.generate` for what it takes and returns.
@@ -76,12 +74,21 @@ class MaskedDiffusion:
         # imported here, as samplers are built on models
         from skipwise.sampling.as_transformers import generate
 
-        return generate(self, inputs, generation_config, **kwargs)  # type: ignore[arg-type]
+        return generate(self, inputs, generation_config, **kwargs)
+
+
+def fact(model: nn.Module, name: str) -> Any:
+    """What a model says about itself: an attribute of `MaskedDiffusion`, whose own value is that of a silent model."""
+    return getattr(model, name, getattr(MaskedDiffusion, name))
 
 
 class OfficialConfig:
-    """Mix in before a `PreTrainedConfig`: `from_dict` also takes the dictionary of an official config.json."""
+    """Mix in before a `PreTrainedConfig`: `from_dict` also takes the dictionary of an official config.json.
 
+    layout: the keys of that.
+    """
+
+    layout: ClassVar[Layout]
     only: ClassVar[
         Mapping[str, Any]
     ] = {}  # the one value that is implemented, of keys that have a place in this config
@@ -99,8 +106,12 @@ class OfficialConfig:
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
         """As every config of transformers. Raises UserError for what this module does not implement."""
+        cls.layout.check_architecture(config_dict)
         if cls.is_official(config_dict):
-            config_dict = cls.from_official(config_dict).to_dict()
+            official = cls.from_official(config_dict)
+            if not kwargs:
+                return official
+            config_dict = official.to_dict()
         for key, value in cls.only.items():
             if config_dict.get(key) not in (value, None):
                 raise UserError(f"{cls.__name__} has {key}={config_dict[key]!r}; skipwise implements only {value!r}.")

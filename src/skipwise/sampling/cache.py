@@ -27,6 +27,7 @@ from torch.nn import functional as F
 from transformers import Cache
 
 from skipwise.errors import UserError, unknown
+from skipwise.models import fact
 from skipwise.models.bidirectional import Where
 
 Kind = Literal["prefix", "dual", "delayed", "interval"]
@@ -231,7 +232,7 @@ def check_cache(kind: str | None, refresh: int | None, prompt_refresh: int | Non
 def check_cacheable(models: Iterable[nn.Module], kind: Kind) -> None:
     """Raise UserError for a model whose attention cannot take stored keys and values."""
     for model in models:
-        if not getattr(model, "takes_cache", False):
+        if not fact(model, "takes_cache"):
             raise UserError(
                 f"{type(model).__name__} cannot decode with cache={kind!r}: its attention takes no stored keys; "
                 "leave cache out, or load it as one of the native models (LLaDA, Dream, MDLM)."

@@ -8,7 +8,7 @@ from typing import Any, cast
 
 from torch import Tensor, nn
 
-from skipwise.models import head_of, mask_token
+from skipwise.models import fact, head_of, mask_token
 from skipwise.models.bidirectional import Where, kept
 from skipwise.models.heads import prepared
 from skipwise.models.hooks import watched
@@ -151,7 +151,7 @@ class Denoiser:
             self.on_step(step)
         model, length = self.named(running.model), inputs.shape[1]
         if windows is not None:
-            before = cast(Any, model).shift
+            before = fact(model, "shift")
             stored = windows.next(inputs.shape, running, before)
             inputs, where = stored.part(inputs), stored.local(where, before)
             others = {**others, "past_key_values": stored, "position_ids": stored.position_ids}

@@ -7,14 +7,16 @@ quota is the batch's mean rounded down, and its random numbers. The shift by one
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
 
 from skipwise.errors import UserError
-from skipwise.sampling.canvas import Canvas, Part, Settings, commit_top, places, quota_of
+from skipwise.models import end_of_text
+from skipwise.sampling.canvas import Canvas, Part, Settings, commit_top, on_device, places, quota_of
 from skipwise.sampling.denoiser import Denoiser
+from skipwise.sampling.llada import held_back
 from skipwise.sampling.noise import Noise, gumbel_argmax
 from skipwise.sampling.prediction import Prediction, Reader, largest, probabilities_of
 
@@ -30,6 +32,10 @@ class DreamSettings(Settings):
     by confidence: the token's probability ("maskgit_plus"), that minus the second best's ("topk_margin"), or the
     negative entropy ("entropy"). alg_temp: above 0, positions are drawn with confidence / alg_temp as logits.
     temperature, top_p, top_k: how tokens are drawn; temperature 0 takes the best one. eps: when noise ends.
+    eos_penalty: Dream-Coder's padding penalty (arXiv 2509.01142): eos_penalty x log(1 - t + eps) is added to the logit
+    of the token that pads, which also ends a text, so that it comes late; t falls from 1 to eps over the steps.
+    Dream-Coder's own samples have 3. confidence_eos_eot_inf: a position whose token ends a text or a turn is committed
+    after all others, as LLaDA's setting of this name has it.
     logits_hook(step, sequences, logits) -> logits and tokens_hook(step, sequences, logits) -> sequences are called at
     every step, the latter also with step None and logits None before the first.
     """
@@ -40,6 +46,8 @@ class DreamSettings(Settings):
     top_p: float | None = None
     top_k: int | None = None
     eps: float = 1e-3
+    eos_penalty: float = 0.0
+    confidence_eos_eot_inf: bool = False
     logits_hook: Callable[[int, Tensor, Tensor], Tensor] | None = None
     tokens_hook: Callable[[int | None, Tensor, Tensor | None], Tensor] | None = None
 
@@ -50,6 +58,12 @@ class DreamSettings(Settings):
         self.one_of("alg", ALGORITHMS)
         self.at_least_zero("temperature", "0 is greedy, 1 is the model's distribution")
         self.at_least_zero("alg_temp", "0 commits the most confident positions")
+        self.at_least_zero("eos_penalty", "0 is without a penalty, 3 is Dream-Coder's")
+        if self.confidence_eos_eot_inf and (self.alg == "origin" or self.compat):
+            given = f"compat={self.compat!r}" if self.compat else f"alg={self.alg!r}"
+            raise UserError(
+                f"confidence_eos_eot_inf orders commits by confidence, which {given} does not; leave it out."
+            )
         if self.top_p is not None and not 0 < self.top_p <= 1:
             raise UserError(f"top_p={self.top_p} is no probability; choose above 0 to 1.")
         if self.top_k is not None and self.top_k < 1:
@@ -70,7 +84,7 @@ def decode(
     canvas = Canvas.open(input_ids, attention_mask, denoiser.mask_token, settings.gen_length)
     steps = settings.steps or canvas.most
     _apply_tokens_hook(canvas, settings, None, None)
-    rule = (_Official if settings.compat else _Plain)(settings, canvas, steps)
+    rule = (_Official if settings.compat else _Plain)(settings, canvas, steps, denoiser)
     hooked = settings.tokens_hook is not None or settings.logits_hook is not None
     for i in range(steps):
         if hooked:
@@ -124,11 +138,33 @@ def confidence_of(probabilities: Tensor, chosen: Tensor, alg: Algorithm) -> Tens
     return probabilities.gather(-1, chosen[..., None])[..., 0]
 
 
+class _Penalty:
+    """Dream-Coder's padding penalty, as its `diffusion_generate` adds it."""
+
+    def __init__(self, settings: DreamSettings, steps: int, denoiser: Denoiser):
+        config: Any = denoiser.model.config
+        pad = getattr(config, "pad_token_id", None)
+        self.token = end_of_text(denoiser.model) if pad is None else pad
+        if settings.eos_penalty and self.token is None:
+            raise UserError(
+                f"eos_penalty={settings.eos_penalty} needs a token that pads or ends a text; set config.pad_token_id."
+            )
+        times = torch.linspace(1, settings.eps, steps + 1)
+        self.terms = settings.eos_penalty * torch.log(1 - times + settings.eps) if settings.eos_penalty else None
+
+    def add(self, logits: Tensor, step: int) -> None:
+        """Add the term of this step, in place, to logits (positions, vocabulary)."""
+        if self.terms is not None:
+            logits[:, self.token] += self.terms[step].to(logits.device)
+
+
 class _Plain:
     """Our commits: per row, in float32, with noise that does not depend on a row's neighbours."""
 
-    def __init__(self, settings: DreamSettings, canvas: Canvas, steps: int):
+    def __init__(self, settings: DreamSettings, canvas: Canvas, steps: int, denoiser: Denoiser):
         self.settings, self.canvas, self.steps = settings, canvas, steps
+        self.penalty = _Penalty(settings, steps, denoiser)
+        self.last = held_back(denoiser) if settings.confidence_eos_eot_inf else []
         self.noise = Noise(settings.seed, canvas)
         self.masks = canvas.left
         self.left = list(self.masks)
@@ -196,6 +232,9 @@ class _Plain:
             if self.settings.alg_temp > 0:  # the Gumbel trick draws positions without replacement
                 uniform = self.noise.uniform([3 * i + 2] * len(part.rows), rows=part.rows)
                 confidence = confidence / self.settings.alg_temp - (-uniform.log()).log()
+            if self.last:  # still above -inf, which is where there is nothing to commit
+                last = torch.isin(chosen, on_device(self.last, chosen.device)) & (confidence > -torch.inf)
+                confidence = confidence.masked_fill(last, torch.finfo(confidence.dtype).min)
             commit_top(part.sequences, chosen, confidence, quota)
         self.canvas.put(part)
 
@@ -208,6 +247,7 @@ class _Plain:
         def read(logits: Tensor, some: slice) -> tuple[Tensor, ...]:
             logits = logits.float()
             logits[:, part.mask] = -torch.inf  # no mask is filled with a mask
+            self.penalty.add(logits, i)
             logits = filtered(logits, settings)
             if feed is None and timed:
                 return (largest(logits),)
@@ -222,8 +262,9 @@ class _Plain:
 class _Official:
     """The official code's commits, quirks included: one quota for the whole batch, the mean of its masks."""
 
-    def __init__(self, settings: DreamSettings, canvas: Canvas, steps: int):
+    def __init__(self, settings: DreamSettings, canvas: Canvas, steps: int, denoiser: Denoiser):
         self.settings, self.canvas, self.steps = settings, canvas, steps
+        self.penalty = _Penalty(settings, steps, denoiser)
         self.times = torch.linspace(1, settings.eps, steps + 1)
         self.generator = torch.Generator(canvas.sequences.device).manual_seed(settings.seed)
 
@@ -251,6 +292,7 @@ class _Official:
         """logits: (n, vocabulary) of what is masked (batch, length)."""
         settings, sequences = self.settings, self.canvas.sequences
         last = step == self.steps - 1
+        self.penalty.add(logits, step)
         part = torch.tensor(1.0) if last else 1 - self.times[step + 1] / self.times[step]
         if settings.alg == "origin":
             found = torch.full_like(sequences[masked], self.canvas.mask)

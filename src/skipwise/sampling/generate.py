@@ -3,7 +3,7 @@
 import time
 from collections.abc import Callable, Mapping
 from contextlib import nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Any
 
 import torch
@@ -12,15 +12,17 @@ from torch import Tensor, nn
 from skipwise.cost import Prices, price_blocks
 from skipwise.errors import UserError, unknown
 from skipwise.examples import Size
-from skipwise.models import end_of_text, kind_of
+from skipwise.models import end_of_text, fact, kind_of
 from skipwise.plan import Plan
 from skipwise.sampling import dream, llada, mdlm
 from skipwise.sampling.accounts import Share, account
 from skipwise.sampling.autoregressive import AutoregressiveSettings, decode_autoregressive
 from skipwise.sampling.canvas import Settings
 from skipwise.sampling.denoiser import Denoiser, Step, denoising
+from skipwise.sampling.inputs import Ids, read_prompts
 from skipwise.sampling.threads import worthwhile_threads
 from skipwise.skipping import Cut, cut_now, skip
+from skipwise.wrapping import unwrap
 
 
 @dataclass(frozen=True)
@@ -74,13 +76,18 @@ FAMILIES = {
 }
 
 
+GEN_LENGTH = 128  # new tokens when nothing is said
+
+
 def generate(
     model: nn.Module,
-    input_ids: Tensor,
+    input_ids: Ids,
     *,
     plan: Plan | None = None,
-    attention_mask: Tensor | None = None,
-    gen_length: int = 128,
+    attention_mask: Any = None,
+    token_type_ids: Any = None,
+    gen_length: int | None = None,
+    max_new_tokens: int | None = None,
     seed: int = 0,
     stop_at_eos: bool = True,
     family: str | None = None,
@@ -91,8 +98,10 @@ def generate(
 ) -> Generated:
     """Decode `gen_length` tokens after every prompt, with the sampler of the model's family or token by token.
 
-    input_ids: (batch, prompt_length), prompts of unequal length padded on the left; attention_mask: the same shape, 0
-    on padding. Masks in the prompt of a diffusion model are filled too (infilling; gen_length may then be 0).
+    input_ids: (batch, prompt_length), prompts of unequal length padded on the left, or lists, which are padded here;
+    attention_mask: the same shape, 0 on padding: what a tokenizer returns, as `**inputs`. gen_length: 128 when left
+    out; max_new_tokens is the same. Masks in the prompt of a diffusion model are filled too (infilling; gen_length may
+    then be 0).
     A plan's phases follow the trajectory; the models that they name are loaded by that name, unless they are in
     `others`. stop_at_eos: end when every row has ended; what a row says after its end of
     text becomes that token. Not under `compat`, as the official samplers go on.
@@ -104,7 +113,9 @@ def generate(
     Raises UserError for an empty list of prompts, padding on the right, settings that do not fit the model, and where
     there is nothing to compile with.
     """
-    _check_prompts(input_ids, attention_mask)
+    model = unwrap(model)
+    input_ids, attention_mask = read_prompts(model, input_ids, attention_mask, token_type_ids)
+    gen_length = _length(gen_length, max_new_tokens)
     if kind_of(model) != "masked diffusion":
         given = {"on_step": on_step, "family": family, "compile": compile}
         diffusion = [*(set(settings) - set(_OF_AUTOREGRESSIVE)), *(name for name, value in given.items() if value)]
@@ -114,11 +125,12 @@ def generate(
             )
         plain = AutoregressiveSettings(**settings)
         return _continue(model, input_ids, attention_mask, plan, gen_length, seed, stop_at_eos, plain)
-    chosen = _family(model, family)
+    chosen = family_of(model, family)
     if compile and settings.get("compat"):
         raise UserError(f"compat={settings['compat']!r} repeats the official arithmetic; leave out compile=True.")
     eos = end_of_text(model) if stop_at_eos and not settings.get("compat") else None
-    resolved = chosen.settings.of({"gen_length": gen_length, "seed": seed, "eos_token_id": eos, **settings})
+    own = {"gen_length": gen_length, "seed": seed, "eos_token_id": eos, **_own_block(model, chosen, gen_length)}
+    resolved = chosen.settings.of({**own, **settings})
     return _diffuse(model, input_ids, attention_mask, plan, chosen, resolved, on_step, others, compile)
 
 
@@ -136,6 +148,10 @@ def _continue(
     settings: AutoregressiveSettings,
 ) -> Generated:
     """Token by token."""
+    if kind_of(model) == "block diffusion":
+        raise UserError(
+            f"{type(model).__name__} has a sampler of its own; call its `generate` in `with sw.skip(model, plan)`."
+        )
     if not hasattr(model, "generate"):
         raise UserError(f"{type(model).__name__} cannot generate text: it is neither autoregressive nor diffusion.")
     if plan and not plan.is_static:
@@ -155,22 +171,26 @@ def _continue(
     return Generated(sequences, _cached_statistics(prices, cut, input_ids.shape[0], input_ids.shape[1], new, seconds))
 
 
-def _family(model: nn.Module, name: str | None) -> Family:
-    name = name or getattr(model, "family", "llada")
+def family_of(model: nn.Module, name: str | None = None) -> Family:
+    """The sampler of this name, by default the model's own. Raises UserError for a name that is none."""
+    name = name or fact(model, "family")
     if name not in FAMILIES:
         raise unknown("decoding family", name, FAMILIES)
     return FAMILIES[name]
 
 
-def _check_prompts(input_ids: Tensor, attention_mask: Tensor | None) -> None:
-    if input_ids.ndim != 2 or not input_ids.numel():
-        raise UserError(f"input_ids of shape {tuple(input_ids.shape)} hold no prompts; give (batch, prompt_length).")
-    if attention_mask is None:
-        return
-    if attention_mask.shape != input_ids.shape:
-        raise UserError(f"attention_mask is {tuple(attention_mask.shape)}, input_ids {tuple(input_ids.shape)}.")
-    if not attention_mask[:, -1].all():
-        raise UserError("Prompts are padded on the right; pad on the left (tokenizer.padding_side = 'left').")
+def _own_block(model: nn.Module, family: Family, gen_length: int) -> dict[str, int]:
+    """The block length that the model was made for, where it says one and its sampler knows any."""
+    length = fact(model, "block_length")
+    known = "block_length" in {field.name for field in fields(family.settings)}
+    return {"block_length": length} if length and known and gen_length else {}
+
+
+def _length(gen_length: int | None, max_new_tokens: int | None) -> int:
+    if gen_length is not None and max_new_tokens not in (None, gen_length):
+        raise UserError(f"gen_length={gen_length} and max_new_tokens={max_new_tokens} are the same; give one of them.")
+    given = [length for length in (gen_length, max_new_tokens) if length is not None]
+    return given[0] if given else GEN_LENGTH
 
 
 def _diffuse(

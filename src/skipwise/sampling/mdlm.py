@@ -13,6 +13,7 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor, nn
 
+from skipwise.models import fact
 from skipwise.sampling.canvas import Canvas, Part, Settings, on_device, places
 from skipwise.sampling.denoiser import Denoiser, Running, Step
 from skipwise.sampling.noise import Feed, Noise, gumbel_argmax
@@ -95,7 +96,7 @@ def conditioning(model: nn.Module, time: Tensor, inputs: Tensor) -> dict[str, An
 
 def _conditioned(model: nn.Module) -> bool:
     """Whether the model is told the time."""
-    return getattr(model.config, "time_conditioning", False)
+    return fact(model, "takes_sigma")
 
 
 class _Ancestral:

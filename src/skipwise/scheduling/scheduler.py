@@ -16,6 +16,7 @@ from skipwise.evaluation.measure import Measured, retention
 from skipwise.evaluation.tasks import EvaluationTask
 from skipwise.examples import Size
 from skipwise.healing import fit_alone, fit_stand_ins
+from skipwise.models import fact
 from skipwise.plan import Plan, Provenance
 from skipwise.planners.grid import Cell, Curve, Grid, Savings, allocate, curves, improve, spans
 from skipwise.sampling.denoiser import denoising
@@ -164,5 +165,5 @@ class Scheduler:
 
 
 def harm_for(model: nn.Module) -> Harm:
-    """What counts as harm for a model's own sampler: MDLM's lifts masks at random places, the others by confidence."""
-    return by_divergence if getattr(model, "family", None) == "mdlm" else by_commitment
+    """What counts as harm for a model's own sampler, which fills masks by confidence or at random times."""
+    return by_commitment if fact(model, "commits_by_confidence") else by_divergence

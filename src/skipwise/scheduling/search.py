@@ -89,20 +89,21 @@ def search_schedules(
     folder: str | Path | None = None,
     dtype: str | None = None,
     device: str | None = None,
+    tokenizer: str | None = None,
     on_progress: Progress | None = None,
     **rules: Any,
 ) -> Search:
     """Search the schedules of a masked diffusion model and a light one; the best keeps the most of the tasks' scores.
 
-    model: what `skipwise.load` takes; light: likewise, or a static plan of the model. tasks: `ExactMatch` or `Writing`,
-    whose ranges of examples the search sets. rules: fields of `Rules`. importance: screens schedules before any runs.
-    engine, workers, address: where trials run, see `open_engine`; that does not change the outcome. folder: finished
-    trials are kept there, one line each, and a search in the same folder does not run them again; the tables are
-    written there too. on_progress(done, total) counts examples, all trials together.
+    model, tokenizer: what `skipwise.load` takes; light: a model likewise, or a static plan of the model. tasks:
+    `ExactMatch` or `Writing`, whose ranges of examples the search sets. rules: fields of `Rules`. importance: screens
+    schedules before any runs. engine, workers, address: where trials run, see `open_engine`; that does not change the
+    outcome. folder: finished trials are kept there, one line each, and a search in the same folder does not run them
+    again; the tables are written there too. on_progress(done, total) counts examples, all trials together.
     Raises UserError for settings that cannot be, a budget that no schedule meets, and a folder of another search.
     """
     chosen = Rules(**rules)
-    work = Work(model, tuple(tasks), (light,) if isinstance(light, str) else (), dtype, device)
+    work = Work(model, tuple(tasks), (light,) if isinstance(light, str) else (), dtype, device, tokenizer=tokenizer)
     space = Space.of(model, light, work.tokens)
     candidates = chosen.candidates(space)
     out: list[Candidate] = []

@@ -8,9 +8,10 @@ process, in another one and on another machine of the same kind.
 import hashlib
 import json
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, fields, replace
+from pathlib import Path
 from typing import Any, TypeVar
 
 import numpy as np
@@ -19,7 +20,8 @@ import torch
 from skipwise.errors import UserError
 from skipwise.evaluation.measure import Measured
 from skipwise.evaluation.tasks import EvaluationTask
-from skipwise.loading import find, load
+from skipwise.loading import find, find_tokenizer, load
+from skipwise.loading.tokenizers import FILES
 from skipwise.models import kind_of
 from skipwise.plan import Plan
 from skipwise.sampling.accounts import Share, account
@@ -37,7 +39,8 @@ class Work:
     """All that a process needs to run trials: models by the names that `load` takes, tasks, where and how to compute.
 
     tasks: frozen dataclasses such as `ExactMatch` or `Writing`, with a field `first` and one of `COUNTS`, which every
-    trial sets. others: the models that plans' phases name. threads: of torch, while a trial runs.
+    trial sets. others: the models that plans' phases name. threads: of torch, while a trial runs. tokenizer: another
+    one than the model's own, by a name that `load` takes.
     Raises UserError for tasks that cannot be run by ranges.
     """
 
@@ -47,6 +50,7 @@ class Work:
     dtype: str | None = None
     device: str | None = None
     threads: int = 1
+    tokenizer: str | None = None
 
     def __post_init__(self) -> None:
         for task in self.tasks:
@@ -69,6 +73,7 @@ class Work:
             "dtype": self.dtype,
             "device": self.device,
             "threads": self.threads,
+            **({"tokenizer": tokenizer_sum(self.tokenizer)} if self.tokenizer else {}),
         }
 
     def open(self) -> "OpenWork":
@@ -173,7 +178,7 @@ class OpenWork:
 
     def __init__(self, work: Work):
         self.work = work
-        self.model, self.tokenizer = load(work.model, dtype=work.dtype, device=work.device)
+        self.model, self.tokenizer = load(work.model, dtype=work.dtype, device=work.device, tokenizer=work.tokenizer)
         if kind_of(self.model) != "masked diffusion":
             raise UserError(
                 f"{work.model} is of the kind {kind_of(self.model)!r}, which has no denoising steps to schedule; "
@@ -235,9 +240,19 @@ def weights_sum(name: str) -> str:
     """sha256 over a model's config and weights, as they lie on disk."""
     source = find(name)
     weights = sorted(path.name for path in source.folder.glob("*.safetensors"))
-    names = [source.gguf] if source.gguf else ["config.json", *weights]
+    return _sum(source.folder, [source.gguf] if source.gguf else ["config.json", *weights])
+
+
+def tokenizer_sum(name: str) -> str:
+    """sha256 over the files of a tokenizer, as they lie on disk."""
+    source = find_tokenizer(name)
+    names = [*FILES, "merges.txt", "added_tokens.json", "special_tokens_map.json"]
+    return _sum(source.folder, [source.gguf] if source.gguf else [n for n in names if (source.folder / n).exists()])
+
+
+def _sum(folder: Path, names: Iterable[str]) -> str:
     total = hashlib.sha256()
     for part in names:
-        with (source.folder / part).open("rb") as file:
+        with (folder / part).open("rb") as file:
             total.update(hashlib.file_digest(file, "sha256").digest())
     return total.hexdigest()

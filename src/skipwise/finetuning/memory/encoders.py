@@ -18,7 +18,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from skipwise.errors import require
 from skipwise.finetuning.memory.resident import materialised
 from skipwise.finetuning.peak import Bytes, PeakMemory
-from skipwise.loading import find
+from skipwise.loading import find, readable_errors
 from skipwise.presets import names as preset_names
 
 LIBRARIES = ("diffusers", "transformers")
@@ -47,14 +47,24 @@ def components(name: str) -> dict[str, Component]:
         path = files("skipwise.presets").joinpath("pipelines", f"{name}.json")
         rows = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
         return {part: Component(*row) for part, row in rows.items()}
-    folder = find(name, weights=False).folder.parent
-    index = folder / "model_index.json"
-    listed = json.loads(index.read_text(encoding="utf-8")) if index.exists() else {}
+    folder, listed = find(name, weights=False).folder.parent, pipeline_index(name) or {}
     return {
         part: Component(row[0], row[1], json.loads((folder / part / "config.json").read_text(encoding="utf-8")))
         for part, row in listed.items()
         if part.startswith(("text_encoder", "vae")) and _is_known(row, folder / part)
     }
+
+
+def pipeline_index(name: str) -> dict[str, Any] | None:
+    """The model_index.json of a folder or hub id that is a pipeline; None for a preset and for a model alone."""
+    if name in preset_names():
+        return None
+    source = find(name, weights=False)
+    index = source.folder.parent / "model_index.json"
+    if source.folder.name != "transformer" or not index.exists():
+        return None
+    with readable_errors(source):
+        return json.loads(index.read_text(encoding="utf-8"))
 
 
 def _is_known(row: Any, folder: Path) -> bool:

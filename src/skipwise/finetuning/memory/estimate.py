@@ -7,6 +7,7 @@ come on top: see `fitting.needed`.
 
 import math
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from typing import Any
@@ -18,9 +19,10 @@ from skipwise.blocks import Contract, find_contract, module_list
 from skipwise.errors import UserError
 from skipwise.examples import Size
 from skipwise.finetuning.families import family_of
+from skipwise.finetuning.family import Family
 from skipwise.finetuning.hollow import stored_runs
 from skipwise.finetuning.lora import lora_sizes
-from skipwise.finetuning.memory.encoders import components, encoding_peak, scale_of, weights_of
+from skipwise.finetuning.memory.encoders import components, encoding_peak, pipeline_index, scale_of, weights_of
 from skipwise.finetuning.memory.making import making_peak
 from skipwise.finetuning.memory.simulation import (
     UNCACHE,
@@ -36,10 +38,6 @@ from skipwise.finetuning.runs import Run, Train, everything
 from skipwise.finetuning.settings import FinetuneSettings
 from skipwise.loading import DTYPES, check_plain, load_skeleton
 
-TEXT_TOKENS = 512  # of models that have no row
-# what the pipelines pad prompts to: SD3 joins 77 tokens of CLIP and 256 of T5
-TEXT_TOKENS_OF = {"FluxTransformer2DModel": 512, "SD3Transformer2DModel": 333, "SanaTransformer2DModel": 300,
-                  "PixArtTransformer2DModel": 300}  # fmt: skip
 # bitsandbytes' 8-bit optimisers: two states of a byte an element, a float32 for each block of elements and state;
 # tensors of fewer elements keep float32 states
 BLOCK_OF_8BIT, LEAST_OF_8BIT = 256, 4096
@@ -131,18 +129,32 @@ class Estimator:
 
     def size(self, settings: FinetuneSettings) -> Size:
         """Of one forward."""
-        text = settings.text_tokens or TEXT_TOKENS_OF.get(type(self.model).__name__, TEXT_TOKENS)
+        if self.family:
+            text = self.family.text_length(settings.text_tokens)
+        elif settings.text_tokens:
+            text = settings.text_tokens
+        else:
+            raise UserError(
+                f"How many text tokens {type(self.model).__name__} takes is not known; say it as text_tokens, such "
+                "as --set text_tokens=512."
+            )
         return Size(image=max(settings.pixels // self._scale, 1), text=text, batch=settings.batch)
+
+    @cached_property
+    def family(self) -> Family | None:
+        """Of the pipeline, or of the transformer alone; None of a model that cannot be fine-tuned here."""
+        index = pipeline_index(self.name) if self._known else None
+        for source in (index, self.model):
+            with suppress(UserError):
+                return family_of(source)
+        return None
 
     @cached_property
     def _scale(self) -> int:
         """Pixels a latent pixel."""
         if "vae" in self.components:
             return scale_of(self.components["vae"])
-        try:
-            return family_of(self.model).scale
-        except UserError:
-            return 8
+        return self.family.scale if self.family else 8
 
     def block_bytes(self, dtype: str) -> dict[str, list[int]]:
         """Stack -> bytes of the weights of each block."""

@@ -1,0 +1,170 @@
+"""What a call may bring along while blocks are out of the model, and what is done about it, or refused, at the call.
+
+Block numbers that come from outside of the model always mean the whole model's: for a call that brings things by block
+number (a ControlNet's residuals, the layers of a guidance), skipped blocks keep their places.
+"""
+
+import inspect
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+
+from skipwise.blocks import Stack
+from skipwise.errors import UserError
+from skipwise.kept import PassThrough, Undo, every_block, keep
+from skipwise.step_caches import check_places, is_cached
+from skipwise.wrapping import class_of
+
+Around = Callable[[tuple, Mapping[str, Any]], Undo | None]  # a call's arguments -> what to do after it
+Check = Callable[[Mapping[str, Any]], None]  # takes a call's keyword arguments, raises UserError
+LAYER_SKIP = "diffusers.hooks.layer_skip"
+
+
+@dataclass(frozen=True)
+class KeptPlaces:
+    """A stack whose skipped blocks keep their places in the calls that bring an argument of `stack.numbered_by`."""
+
+    model: nn.Module
+    owner: nn.Module
+    blocks: nn.ModuleList
+    stack: Stack
+    skipped: frozenset[int]
+    has_stand_ins: bool
+
+    def watch(self) -> Undo:
+        """Look at every call of the owner. Returns what ends it."""
+        names = list(inspect.signature(class_of(self.owner).forward).parameters)[1:]
+        places = {name: names.index(name) for name in self.stack.numbered_by if name in names}
+
+        def around(args: tuple, kwargs: Mapping[str, Any]) -> Undo | None:
+            for name, place in places.items():
+                given = args[place] if place < len(args) else kwargs.get(name)
+                if given is not None:
+                    return self._keep(name)
+            return None
+
+        return watch(self.owner, around)
+
+    def _keep(self, argument: str) -> Undo:
+        """Every block in its own place, the skipped ones passing on what they get."""
+        reasons = {
+            "the model counts its blocks in its config too, which a plan shortens": self.stack.counts_config,
+            "the plan's stand-ins ride on other blocks": self.has_stand_ins,
+            "the cache that is on hangs on the blocks that are left": is_cached(self.model),
+        }
+        for reason, holds in reasons.items():
+            if holds:
+                raise UserError(
+                    f"{argument} names blocks by number, and {reason}; call without it, or leave the plan first."
+                )
+        whole = every_block(self.blocks)
+        instead = {number: PassThrough(whole[number], self.stack, in_cache=False) for number in self.skipped}
+        return keep(self.blocks, range(len(whole)), instead)
+
+
+def watch_calls(model: nn.Module, kept: Mapping[str, nn.ModuleList], in_place: bool) -> Undo:
+    """Check every call of the model for what would silently go wrong with blocks out of it. Returns what ends it.
+
+    kept: stack name -> its list, blocks of which are out; in_place: whether some of those keep their places.
+    """
+    checks = [check for make in (_gradients, _layer_skips, _stores) if (check := make(model, kept)) is not None]
+    if in_place and hasattr(model, "is_cache_enabled"):
+        checks.append(lambda kwargs: check_places(model))
+    if not checks:
+        return lambda: None
+
+    def around(args: tuple, kwargs: Mapping[str, Any]) -> None:
+        for check in checks:
+            check(kwargs)
+
+    return watch(model, around)
+
+
+def watch(module: nn.Module, around: Around) -> Undo:
+    """Ask `around` before every call of the module, and do what it returns after the call. Returns what ends it.
+
+    The module's class is replaced by one of the same name, because a hook would not hear of a call that it refuses
+    before other hooks do, and would stand in the way of who asks whether there are any.
+    """
+    cls = type(module)
+
+    def call(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        after = around(args, kwargs)
+        try:
+            return super(watched, self).__call__(*args, **kwargs)
+        finally:
+            if after is not None:
+                after()
+
+    watched: Any = type(cls.__name__, (cls,), {"__call__": call, "__module__": cls.__module__, "mixed_in": KeptPlaces})
+    module.__class__ = watched
+
+    def undo() -> None:
+        if type(module) is watched:  # something else, such as fully_shard, may have changed it since
+            module.__class__ = cls
+
+    return undo
+
+
+def _gradients(model: nn.Module, kept: Mapping[str, nn.ModuleList]) -> Check | None:
+    """DistributedDataParallel waits for the gradients of all blocks: at the first step it silently reduces none."""
+    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
+        return None
+
+    def check(kwargs: Mapping[str, Any]) -> None:
+        wrapper: Any = DistributedDataParallel._get_active_ddp_module()
+        if wrapper is None or not torch.is_grad_enabled() or not wrapper.require_backward_grad_sync:
+            return
+        if not (wrapper.find_unused_parameters or wrapper.static_graph):
+            raise UserError(
+                "DistributedDataParallel waits for the gradients of the skipped blocks and would reduce none; wrap the "
+                "model with find_unused_parameters=True, or call it under torch.no_grad()."
+            )
+
+    return check
+
+
+def _layer_skips(model: nn.Module, kept: Mapping[str, nn.ModuleList]) -> Check | None:
+    """diffusers' layer skips (`apply_layer_skip`, guiders) count the blocks that they find in the list."""
+    if not hasattr(model, "config_name"):  # not a diffusers model
+        return None
+    modules = [part for blocks in kept.values() for block in every_block(blocks) for part in block.modules()]
+    known = {id(hook) for hook in _layer_skip_hooks(modules)}
+
+    def check(kwargs: Mapping[str, Any]) -> None:
+        if any(id(hook) not in known for hook in _layer_skip_hooks(modules)):
+            raise UserError(
+                "Layers were skipped by number with diffusers' hooks while a plan was in force, which counts the "
+                "blocks that are left; apply them before the plan, or name all blocks in the plan."
+            )
+
+    return check
+
+
+def _layer_skip_hooks(modules: list[nn.Module]) -> Iterator[Any]:
+    for module in modules:
+        registry: Any = module.__dict__.get("_diffusers_hook")
+        for hook in registry.hooks.values() if registry is not None else ():
+            if type(hook).__module__ == LAYER_SKIP:
+                yield hook
+
+
+def _stores(model: nn.Module, kept: Mapping[str, nn.ModuleList]) -> Check | None:
+    """A KV cache that other blocks filled has their keys in the places of these."""
+    lengths = {len(blocks) for blocks in kept.values()}
+    if getattr(model, "is_masked_diffusion", False) or not hasattr(model, "generate"):
+        return None  # our own samplers make their caches for the blocks that run
+
+    def check(kwargs: Mapping[str, Any]) -> None:
+        layers = getattr(kwargs.get("past_key_values"), "layers", None)
+        if layers and len(layers) not in lengths and any(getattr(layer, "is_initialized", False) for layer in layers):
+            raise UserError(
+                f"past_key_values holds {len(layers)} layers, filled without the plan, and {max(lengths)} blocks run "
+                "under it; begin with an empty cache inside of the plan."
+            )
+
+    return check
