@@ -165,8 +165,7 @@ def as_stored(skeleton: nn.Module, config: Mapping[str, Any]) -> nn.Module:
     kept = _kept(skeleton, config)
     for name, module in skeleton.named_modules():
         if type(module) is nn.Linear and not kept(name):
-            module.__class__ = Stored
-            module.stored = LAYOUTS[method](module.out_features, module.in_features, config)
+            _store(module, LAYOUTS[method](module.out_features, module.in_features, config))
     return skeleton
 
 
@@ -174,9 +173,13 @@ def packed(skeleton: nn.Module, bytes_an_element: float) -> nn.Module:
     """The skeleton with all its linear layers stored in so many bytes an element, as one packed file holds them."""
     for module in skeleton.modules():
         if type(module) is nn.Linear:
-            module.__class__ = Stored
-            module.stored = round(module.weight.numel() * bytes_an_element)
+            _store(module, round(module.weight.numel() * bytes_an_element))
     return skeleton
+
+
+def _store(module: Any, amount: int) -> None:
+    module.__class__ = Stored
+    module.stored = amount
 
 
 def _kept(skeleton: Any, config: Mapping[str, Any]) -> Callable[[str], bool]:
