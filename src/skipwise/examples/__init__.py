@@ -38,6 +38,14 @@ def example_inputs(model: nn.Module, size: Size = TINY, device: torch.device | s
             return ROWS[cls.__name__](model.config, size, new)
     if hasattr(model, "config_name"):  # a diffusers model, without importing diffusers
         return from_signature(model, size, new)
-    if "input_ids" in inspect.signature(class_of(model).forward).parameters:
+    parameters = inspect.signature(class_of(model).forward).parameters
+    if "input_ids" in parameters:
+        needed = [
+            name
+            for name, p in list(parameters.items())[1:]
+            if p.default is p.empty and p.kind is p.POSITIONAL_OR_KEYWORD
+        ]
+        if set(needed) - {"input_ids"}:
+            raise no_example(model, f"its forward cannot do without {', '.join(needed)}")
         return language_inputs(model, size, new)
     raise no_example(model, "its forward takes no `input_ids`, and it is no diffusers model")

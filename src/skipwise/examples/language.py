@@ -1,4 +1,4 @@
-"""What a language model takes: token ids, and a picture only where it does not run without."""
+"""What a language model takes: token ids. A vision-language model is given the text alone."""
 
 import inspect
 from collections.abc import Mapping
@@ -23,16 +23,8 @@ def language_inputs(model: nn.Module, size: Size, new: Tensors) -> dict[str, Any
     kwargs: dict[str, Any] = {"input_ids": new.tokens(size.tokens, vocabulary)}
     if "decoder_input_ids" in accepted:  # encoder-decoder: a prompt and, of another length, the canvas
         kwargs = {"input_ids": new.tokens(size.text, vocabulary), "decoder_input_ids": kwargs["input_ids"]}
-    if "pixel_values" in accepted and accepted["pixel_values"].default is inspect.Parameter.empty:
-        kwargs["pixel_values"] = _pixels(config, new)
     kwargs |= {"use_cache": False} if "use_cache" in accepted else {}
     return on_meta(model, kwargs) if new.device.type == "meta" else kwargs
-
-
-def _pixels(config: Any, new: Tensors) -> Tensor:
-    """A picture of the size that the part that sees is made for."""
-    vision = getattr(config, "vision_config", config)
-    return new.noise(getattr(vision, "num_channels", 3), vision.image_size, vision.image_size)
 
 
 def on_meta(model: nn.Module, example: Mapping[str, Any]) -> dict[str, Any]:
