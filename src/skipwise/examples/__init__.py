@@ -40,11 +40,8 @@ def example_inputs(model: nn.Module, size: Size = TINY, device: torch.device | s
         return from_signature(model, size, new)
     parameters = inspect.signature(class_of(model).forward).parameters
     if "input_ids" in parameters:
-        needed = [
-            name
-            for name, p in list(parameters.items())[1:]
-            if p.default is p.empty and p.kind is p.POSITIONAL_OR_KEYWORD
-        ]
+        named = [(name, p) for name, p in list(parameters.items())[1:] if p.kind is p.POSITIONAL_OR_KEYWORD]
+        needed = [name for name, p in named if p.default is p.empty]
         if set(needed) - {"input_ids"}:
             raise no_example(model, f"its forward cannot do without {', '.join(needed)}")
         return language_inputs(model, size, new)

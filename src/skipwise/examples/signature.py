@@ -106,7 +106,8 @@ def _ways(model: nn.Module) -> Iterator[Way]:
     parameters = parameters_of(model)
     config: Any = model.config
     found = [layout.name for layout in layouts(config, parameters, TRIED)]
-    widths = [name for name in dict.fromkeys(TEXT_WIDTHS) if type(getattr(config, name, None)) is int] or [None]
+    widths: list[str | None] = [name for name in dict.fromkeys(TEXT_WIDTHS) if type(getattr(config, name, None)) is int]
+    widths = widths or [None]
     extras = [{}, {"guided": False}, {"all_known": True}, {"time_a_frame": True}]
     for extra, layout in product(extras, found):
         yield from (Way(layout, width, **extra) for width in widths)
