@@ -234,7 +234,7 @@ def test_without_a_config_the_next_step_is_told(
 
 
 def qwen2(path: Path, change: Callable[[Any], None] | None = None, arch: str = "qwen2", **shape: Any) -> Any:
-    """A tiny language model, written as a GGUF file; change(writer) adds to it."""
+    """A tiny language model, written as a GGUF file; change(writer) adds to it. rope: of the model's config."""
     torch.manual_seed(0)
     config = {"vocab_size": 96, "hidden_size": 32, "intermediate_size": 64, "num_attention_heads": 2,
               "num_key_value_heads": 2, "num_hidden_layers": 4, "tie_word_embeddings": False}  # fmt: skip
@@ -242,6 +242,8 @@ def qwen2(path: Path, change: Callable[[Any], None] | None = None, arch: str = "
     suffix = "TextConfig" if arch == "gemma3" else "Config"
     extra = {"head_dim": 16, "sliding_window": 8, "layer_types": ["full_attention"] * 4} if arch == "gemma3" else {}
     model_class = getattr(transformers, f"{classes[0]}ForCausalLM")
+    if "rope" in shape:
+        extra["rope_parameters"] = shape["rope"]
     model = model_class(getattr(transformers, f"{classes[0]}{suffix}")(**config | extra)).eval()
     writer = gguf.GGUFWriter(str(path), arch)
     writer.add_block_count(shape.get("blocks", 4))
@@ -283,6 +285,25 @@ def test_gguf_of_a_language_model(tmp_path: Path) -> None:
         assert torch.allclose(loaded(ids).logits, model(ids).logits, atol=1e-4)
     assert tokenizer is not None
     assert find_contract(load_skeleton(str(tmp_path / "m.gguf"))).shape == find_contract(model).shape
+
+
+def test_llama3s_rotations_are_read(tmp_path: Path) -> None:
+    """The factors that llama.cpp writes for Llama 3, by which it divides frequencies, are put back into the config."""
+    rope = {"rope_type": "llama3", "rope_theta": 1e4, "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
+    lengths = 2 * torch.pi * 1e4 ** (torch.arange(0, 16, 2) / 16)
+    smooth = (8192 / lengths - 1) / 3
+    factors = torch.where(lengths < 2048, 1.0, torch.where(lengths > 8192, 8.0, 1 / ((1 - smooth) / 8 + smooth)))
+    assert 1 < factors[-2] < 8, "one in between"
+    model = qwen2(
+        tmp_path / "m.gguf",
+        lambda writer: writer.add_tensor("rope_freqs.weight", factors.float().numpy()),
+        rope=rope | {"original_max_position_embeddings": 8192},
+    )
+    loaded, _ = sw.load(str(tmp_path / "m.gguf"))
+    assert loaded.config.rope_parameters["rope_type"] == "llama3"
+    ids = torch.arange(3, 23)[None]
+    with torch.no_grad():
+        assert torch.allclose(loaded(ids).logits, model(ids).logits, atol=1e-5)
 
 
 SHORT: dict[str, tuple[dict[str, Any], Callable[[Any], None] | None, str]] = {

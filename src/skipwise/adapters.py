@@ -43,7 +43,7 @@ _HARMLESS = {
     *("r", "lora_alpha", "use_rslora", "target_modules", "lora_dropout", "init_lora_weights"),
     *("megatron_core", "qalora_group_size"),  # need another field to have an effect
 }
-_OFF = (None, False, [], {}, "none")
+_OFF: tuple[Any, ...] = (None, False, [], {}, "none")
 
 
 def merged_tensors(model: nn.Module, folder: Path, read: Callable[[str], Tensor]) -> dict[str, Tensor]:
@@ -80,7 +80,7 @@ def _plain_lora(model: nn.Module, folder: Path) -> dict[str, tuple[Tensor, Tenso
     odd = [name for name, value in config.items() if name not in _HARMLESS and value not in _OFF]
     usual = config.get("peft_type") == "LORA" and config.get("init_lora_weights", True) in (True, False, "gaussian")
     targets = config.get("target_modules")
-    rank, alpha = config.get("r"), config.get("lora_alpha")
+    rank, alpha = config.get("r", 0), config.get("lora_alpha", 0)
     numbers = all(isinstance(value, int | float) and value > 0 for value in (rank, alpha))
     if odd or not usual or not numbers or not isinstance(targets, list):
         return None
@@ -91,7 +91,7 @@ def _plain_lora(model: nn.Module, folder: Path) -> dict[str, tuple[Tensor, Tenso
         if any(path == target or path.endswith(f".{target}") for target in targets)
     }
     tensors = _read_weights(folder)
-    shapes = {}
+    shapes: dict[str, tuple[int, int]] = {}
     for path, module in linear.items():
         if type(module) is not nn.Linear:
             return None

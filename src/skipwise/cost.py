@@ -289,8 +289,8 @@ def _add_weights(meter: "Meter", model: nn.Module, owners: Mapping[nn.Module, tu
             new = [p for p in module.parameters(recurse=False) if id(p) not in seen]
             seen.update(map(id, new))
             if new:
-                packed = isinstance(module, Stored)
-                size = sum(module.stored if packed and p is module.weight else bytes_of(p) for p in new)
+                packed = {id(module.weight): module.stored} if isinstance(module, Stored) else {}
+                size = sum(packed.get(id(p)) or bytes_of(p) for p in new)
                 meter.prices.setdefault(owner, Price()).weight_bytes += size
 
     for block, owner in owners.items():

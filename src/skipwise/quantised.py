@@ -4,7 +4,7 @@ Of a loaded model the bytes are those of its tensors: packed weights, scales, ze
 the config of a quantised checkpoint, they follow from the method's own layout (`LAYOUTS`).
 """
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from math import ceil
 from typing import Any
 
@@ -41,23 +41,45 @@ def bytes_of(tensor: Tensor) -> int:
 
 def is_quantised(module: nn.Module) -> bool:
     """Whether a layer holds weights of its own that are packed or scaled, by whichever library."""
+    if not (hasattr(module, "in_features") and hasattr(module, "out_features")):
+        return False
     own = [t for t in (*module._parameters.values(), *module._buffers.values()) if t is not None]
     packed = any(t.element_size() == 1 or t.dtype == torch.int32 for t in own if t.ndim > 1)
     plain = (nn.Parameter, DTensor)  # a sharded parameter is a plain one in parts
     odd = any(type(p) not in plain for p in module._parameters.values() if p is not None)
-    return (packed or odd) and hasattr(module, "in_features") and hasattr(module, "out_features")
+    return packed or odd or callable(getattr(module, "weight", None))  # torch.ao's layers have methods
 
 
 def stored_layer(module: Any, dtype: torch.dtype) -> Stored:
     """What stands for a quantised layer in a twin."""
-    bias = getattr(module, "bias", None)
+    bias: Any = getattr(module, "bias", None)
+    bias = bias() if callable(bias) else bias
     twin = Stored(int(module.in_features), int(module.out_features), bias is not None, device="meta", dtype=dtype)
     if bias is not None:
         twin.bias = hollow(nn.Parameter(bias, False), dtype)
-    # bitsandbytes saves the shape and the like as one more tensor, which is not in memory as such
-    state = {key: value for key, value in module.state_dict().items() if ".quant_state." not in key and key != "bias"}
-    twin.stored = sum(bytes_of(value) for value in state.values() if isinstance(value, Tensor))
+    twin.stored = sum(map(bytes_of, _stored_tensors(module)))
     return twin
+
+
+def _stored_tensors(module: Any) -> Iterator[Tensor]:
+    """What a quantised layer holds, but for its bias.
+
+    Not by its state_dict: that of a bitsandbytes layer that has run on a CPU unpacks the weight and rounds its scales.
+    """
+    own = {**module._parameters, **module._buffers}
+    if callable(getattr(module, "weight", None)):
+        yield module.weight()
+    yield from (tensor for name, tensor in own.items() if tensor is not None and name != "bias")
+    weight: Any = own.get("weight")
+    state = getattr(weight, "quant_state", None)  # bitsandbytes, 4 bits
+    while state is not None:
+        yield from (state.absmax, state.code)
+        state = getattr(state, "state2", None)
+    scales = getattr(weight, "SCB", None)  # bitsandbytes, 8 bits; moved to the layer's state when it runs
+    scales = getattr(getattr(module, "state", None), "SCB", None) if scales is None else scales
+    if scales is not None:
+        yield scales
+        yield torch.empty(1, dtype=torch.uint8)  # the name of the order
 
 
 def hollow(parameter: nn.Parameter, dtype: torch.dtype) -> nn.Parameter:
@@ -143,8 +165,7 @@ def as_stored(skeleton: nn.Module, config: Mapping[str, Any]) -> nn.Module:
     kept = _kept(skeleton, config)
     for name, module in skeleton.named_modules():
         if type(module) is nn.Linear and not kept(name):
-            module.__class__ = Stored
-            module.stored = LAYOUTS[method](module.out_features, module.in_features, config)
+            _store(module, LAYOUTS[method](module.out_features, module.in_features, config))
     return skeleton
 
 
@@ -152,9 +173,13 @@ def packed(skeleton: nn.Module, bytes_an_element: float) -> nn.Module:
     """The skeleton with all its linear layers stored in so many bytes an element, as one packed file holds them."""
     for module in skeleton.modules():
         if type(module) is nn.Linear:
-            module.__class__ = Stored
-            module.stored = round(module.weight.numel() * bytes_an_element)
+            _store(module, round(module.weight.numel() * bytes_an_element))
     return skeleton
+
+
+def _store(module: Any, amount: int) -> None:
+    module.__class__ = Stored
+    module.stored = amount
 
 
 def _kept(skeleton: Any, config: Mapping[str, Any]) -> Callable[[str], bool]:

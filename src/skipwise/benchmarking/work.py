@@ -20,6 +20,7 @@ from skipwise.plan import Plan
 from skipwise.sampling import FAMILIES, Generated, Statistics, generate
 from skipwise.sampling.agreement import agreement
 from skipwise.sampling.others import load_others
+from skipwise.twins import meta_twin
 
 BLOCK = 32  # tokens decoded together, as the official evaluations have it
 
@@ -159,13 +160,13 @@ class Work:
 
     def describe(self, settings: BenchSettings) -> Workload:
         """The workload, for the result."""
-        parameters = list(self.subject.model.parameters())
+        parameters = list(meta_twin(self.subject.model).parameters())  # a quantised one by its shape
         return Workload(
             model=self.subject.name,
             architecture=type(self.subject.model).__name__,
             weights="random" if self.subject.random else "trained",
             parameters=sum(p.numel() for p in parameters),
-            weight_bytes=sum(p.numel() * p.element_size() for p in parameters),
+            weight_bytes=price_blocks(self.subject.model).forward().weight_bytes,
             batch=len(self.inputs),
             prompt_length=self.inputs.shape[1],
             gen_length=self.gen_length,

@@ -21,7 +21,7 @@ from skipwise.plan import Plan
 console = Console(width=None if sys.stdout.isatty() else 110)
 
 ModelName = Annotated[
-    str, typer.Argument(help="An embedded name (tiny-dllm), a folder, a hub id (org/name) or a .gguf file.")
+    str, typer.Argument(help="An embedded name (tiny-dllm), a folder, a hub id (org/name) or one file of weights.")
 ]
 
 

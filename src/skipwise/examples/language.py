@@ -10,13 +10,14 @@ from torch.utils._pytree import tree_map_only
 
 from skipwise.examples.size import Size
 from skipwise.examples.tensors import Tensors
+from skipwise.wrapping import class_of
 
 FEW = 8  # words, where a config does not say how many there are
 
 
 def language_inputs(model: nn.Module, size: Size, new: Tensors) -> dict[str, Any]:
     """Keyword arguments for one forward of a model that takes `input_ids`."""
-    accepted = inspect.signature(model.forward).parameters
+    accepted = inspect.signature(class_of(model).forward).parameters
     config: Any = model.config
     vocabulary = getattr(getattr(config, "get_text_config", lambda: config)(), "vocab_size", FEW)
     kwargs: dict[str, Any] = {"input_ids": new.tokens(size.tokens, vocabulary)}
@@ -34,7 +35,7 @@ def on_meta(model: nn.Module, example: Mapping[str, Any]) -> dict[str, Any]:
         dict(example),
     )
     ids = moved.get("input_ids")
-    if ids is not None and "position_ids" in inspect.signature(model.forward).parameters:
+    if ids is not None and "position_ids" in inspect.signature(class_of(model).forward).parameters:
         # transformers reads the positions, to see whether sequences are packed
         moved.setdefault("position_ids", torch.arange(ids.shape[1])[None])
     return moved

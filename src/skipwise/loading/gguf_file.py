@@ -4,6 +4,7 @@ transformers tells neither of tensors that it has no place for nor of facts of t
 both are checked here against the model that it makes.
 """
 
+import copy
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -13,6 +14,7 @@ from typing import Any
 import torch
 import transformers
 from torch import nn
+from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from skipwise.errors import UserError, require
 from skipwise.loading.checks import check_keys, quiet
@@ -68,17 +70,18 @@ def load_gguf(source: Source, dtype: torch.dtype | None) -> Any:
     Raises UserError when a tensor or a fact of the file has no place in the model, or a parameter none in the file.
     """
     file = GGUF.open(source)
-    _check_blocks(file)
+    config = _config(file)
     with quiet():
-        model, report = transformers.AutoModelForCausalLM.from_pretrained(
+        auto: Any = transformers.AutoModelForCausalLM
+        model, report = auto.from_pretrained(
             source.folder,
             gguf_file=source.gguf,
+            config=config,
             dtype=dtype or torch.float32,
             output_loading_info=True,
             ignore_mismatched_sizes=True,  # so that they are reported with the others
         )
     check_keys(source, report, strict=True, model=model)
-    _check_facts(file, model.config)
     _check_elements(file, model)
     model.name_or_path = source.name
     return model
@@ -86,12 +89,39 @@ def load_gguf(source: Source, dtype: torch.dtype | None) -> Any:
 
 def gguf_skeleton(source: Source) -> nn.Module:
     """The language model that the file describes, on the meta device."""
-    file = GGUF.open(source)
+    return build_skeleton(_config(GGUF.open(source)).to_dict(), source.name)
+
+
+def _config(file: GGUF) -> Any:
+    """transformers' config of the file, checked against it."""
     _check_blocks(file)
     with quiet():
-        config = transformers.AutoConfig.from_pretrained(source.folder, gguf_file=source.gguf)
-    _check_facts(file, config)
-    return build_skeleton(config.to_dict(), source.name)
+        config = transformers.AutoConfig.from_pretrained(file.source.folder, gguf_file=file.source.gguf)
+    rotations = _llama3(file, config)
+    if rotations:
+        config.rope_parameters = rotations
+    for name, said, built in _unread(file, config):
+        raise UserError(
+            f"{file.source.name} has {name}={said}, which transformers does not read (it builds {built}): the model "
+            "would be another one; load the original folder of safetensors."
+        )
+    return config
+
+
+def _llama3(file: GGUF, config: Any) -> dict[str, Any] | None:
+    """Llama 3's scaling of rotary embeddings, where the file's factors are what it gives; transformers reads none."""
+    factors = next((t.data for t in file.reader.tensors if t.name == "rope_freqs.weight"), None)
+    rope = dict(getattr(config, "rope_parameters", None) or {})
+    if factors is None or (factors == 1).all() or rope.get("rope_type", "default") != "default":
+        return None
+    said = {"rope_type": "llama3", "factor": float(factors.max()), "low_freq_factor": 1.0, "high_freq_factor": 4.0}
+    scaled = copy.deepcopy(config)
+    scaled.rope_parameters = rope | said | {"original_max_position_embeddings": 8192}
+    found, _ = ROPE_INIT_FUNCTIONS["llama3"](scaled, torch.device("cpu"))
+    width = 2 * len(found)
+    plain = 1 / rope["rope_theta"] ** (torch.arange(0, width, 2) / width)
+    same = len(factors) == len(found) and torch.allclose(plain / torch.from_numpy(factors.copy()), found, rtol=1e-4)
+    return scaled.rope_parameters if same else None
 
 
 def _check_blocks(file: GGUF) -> None:
@@ -107,33 +137,32 @@ def _check_blocks(file: GGUF) -> None:
     )
 
 
-def _check_facts(file: GGUF, config: Any) -> None:
-    """Facts that change what the model computes, and that transformers does not read."""
-    for name, said, built in _unread(file, config):
-        raise UserError(
-            f"{file.source.name} has {name}={said}, which transformers does not read (it builds {built}): the model "
-            "would be another one; load the original folder of safetensors."
-        )
-
-
 def _unread(file: GGUF, config: Any) -> Iterator[tuple[str, str, str]]:
+    """(name, value, what is built instead) of what changes the computation and is not in the config."""
     pattern = file.fact("{arch}.attention.sliding_window_pattern")
     kinds = [kind == "sliding_attention" for kind in getattr(config, "layer_types", None) or []]
     if isinstance(pattern, list) and list(map(bool, pattern)) != kinds:
         yield f"{file.architecture}.attention.sliding_window_pattern", str(pattern), str(kinds or "no windows")
     rope = getattr(config, "rope_parameters", None) or {}
+    kinds_of_rope = [rope, *(value for value in rope.values() if isinstance(value, dict))]  # Gemma 3 has two
+    plain = all(one.get("rope_type", "default") == "default" for one in kinds_of_rope)
     kind = file.fact("{arch}.rope.scaling.type", "none")
-    if kind != "none" and rope.get("rope_type", "default") == "default":
+    if plain and kind != "none":
         yield f"{file.architecture}.rope.scaling.type", kind, "rotary embeddings without scaling"
-    factors = next((t.data for t in file.reader.tensors if t.name == "rope_freqs.weight"), None)
-    if factors is not None and (factors != 1).any() and rope.get("rope_type", "default") == "default":
-        yield "rope_freqs.weight", f"{factors.min():g} to {factors.max():g}", "rotary embeddings without scaling"
+    for tensor in file.reader.tensors:
+        if plain and tensor.name.startswith("rope_") and (tensor.data != 1).any():
+            yield tensor.name, f"{tensor.data.min():g} to {tensor.data.max():g}", "rotary embeddings without scaling"
 
 
-def _check_elements(file: GGUF, model: nn.Module) -> None:
+def _check_elements(file: GGUF, model: Any) -> None:
     """However a reader cuts and joins tensors, their numbers stay as many."""
-    unread = {name: shape for name, shape in file.shapes.items() if name.startswith("rope_")}
-    held = sum(p.numel() for p in model.parameters())
+    tied = model.get_output_embeddings() is not None and model.config.tie_word_embeddings
+    unread = {
+        name: shape
+        for name, shape in file.shapes.items()
+        if name.startswith("rope_") or (tied and name == "output.weight")
+    }
+    held = sum(t.numel() for t in {id(t): t for t in model.state_dict(keep_vars=True).values()}.values())
     found = file.elements - sum(torch.Size(shape).numel() for shape in unread.values())
     if found != held:
         raise UserError(

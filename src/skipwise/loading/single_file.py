@@ -38,7 +38,8 @@ def load_single_file(source: Source, dtype: torch.dtype | None, given: Mapping[s
     if source.gguf:
         settings["quantization_config"] = diffusers.GGUFQuantizationConfig(compute_dtype=dtype or torch.float32)
     beside = {"config": str(source.folder)} if (source.folder / "config.json").exists() else {}
-    model = type(skeleton).from_single_file(str(path_of(source)), **beside, **settings)
+    kind: Any = type(skeleton)
+    model = kind.from_single_file(str(path_of(source)), **beside, **settings)
     left = next((name for name, p in model.named_parameters() if p.is_meta), None)
     if left:
         raise UserError(f"{source.name}: diffusers left {left} without weights; load a diffusers folder instead.")
@@ -112,6 +113,7 @@ def _converted(
     from diffusers.loaders import single_file_model as loader
 
     shapes = _shapes(source)
+    converters: Any = loader.SINGLE_FILE_LOADABLE_CLASSES
     name = loader._get_single_file_loadable_mapping_class(kind)
     if name is None:
         raise UserError(
@@ -123,7 +125,7 @@ def _converted(
     rest = {key: tensor for key, tensor in shapes.items() if key.startswith(PREFIX)} or shapes
     count = sum(tensor.numel() for tensor in rest.values())
     try:
-        found = loader.SINGLE_FILE_LOADABLE_CLASSES[name]["checkpoint_mapping_fn"](config=config, checkpoint=rest)
+        found = converters[name]["checkpoint_mapping_fn"](config=config, checkpoint=rest)
     except KeyError as error:
         raise UserError(
             f"{source.name} lacks {error.args[0]}, which a {kind.__name__} has; download it again."

@@ -1,4 +1,7 @@
-"""Native modules for models whose official code is remote code. Each loads the official weights strictly, by key."""
+"""Native modules for models whose official code is remote code. Each loads the official weights strictly, by key.
+
+Importing this package also makes them known to transformers' auto classes (`skipwise.models.native`).
+"""
 
 from typing import Literal
 
