@@ -21,7 +21,7 @@ KINDS = {
     "MistralForCausalLM": "autoregressive",
     "LlavaForConditionalGeneration": "autoregressive",
     "T5ForConditionalGeneration": "autoregressive",
-    "DebertaV2ForMaskedLM": "encoder",
+    "ModernBertForMaskedLM": "encoder",
     "LLaDAModelLM": "masked diffusion",
     "LongCatImageTransformer2DModel": "image or video diffusion",
 }

@@ -223,11 +223,23 @@ def _refusal(calls: Sequence[Call], blocks: nn.ModuleList) -> str | None:
     if order != list(range(len(blocks))):
         return f"its modules ran in the order {order}, not once each from first to last"
     for call, following in pairwise(calls):
+        if any(stream.argument not in calls[0].arguments for stream in _links(call, following)):
+            return f"block {following.index} takes its streams otherwise than block 0"
         if not _links(call, following):
             return f"no output of block {call.index} reaches block {following.index} unchanged"
         if _links(call, following) != _links(calls[0], calls[1]):
             return f"block {following.index} takes its streams otherwise than block 1"
-    return _long_skip(calls)
+    return _change_of_shape(calls) or _long_skip(calls)
+
+
+def _change_of_shape(calls: Sequence[Call]) -> str | None:
+    """The reason to refuse when a block makes another shape of a stream than it was given."""
+    for stream in _links(calls[0], calls[1]):
+        for call in calls:
+            given, made = call.arguments.get(stream.argument), call.outputs().get(stream.output)
+            if isinstance(given, Tensor) and isinstance(made, Tensor) and given.shape != made.shape:
+                return f"block {call.index} changes the shape of `{stream.argument}`"
+    return None
 
 
 def _collected(model: nn.Module, name: str, calls: Sequence[Call]) -> str | None:

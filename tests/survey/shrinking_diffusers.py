@@ -32,7 +32,6 @@ CHANGES: dict[str, dict[str, Any]] = {
     "AceStepTransformer1DModel": {"in_channels": 48},
     "LTX2VideoTransformer3DModel": {"audio_cross_attention_dim": 64, "caption_channels": 64},
     "LTXVideoTransformer3DModel": {"caption_channels": 32},
-    "DreamLiteTransformer2DModel": {"in_channels": 64, "cross_attention_dim": 64},
     "EasyAnimateTransformer3DModel": {"in_channels": 16, "out_channels": 16, "patch_size": 2},
     "HiDreamImageTransformer2DModel": {
         "patch_size": 2,
@@ -58,10 +57,14 @@ CHANGES: dict[str, dict[str, Any]] = {
     "LuminaNextDiT2DModel": {"num_kv_heads": 2},
     "OmniGenTransformer2DModel": {"rope_scaling": {"long_factor": [1.0] * 8, "short_factor": [1.0] * 8}},
     "HunyuanVideoFramepackTransformer3DModel": {"has_clean_x_embedder": True, "has_image_proj": True},
+    "Ideogram4Transformer2DModel": {"mrope_section": (4, 2, 2)},
+    "MiniMaxMusic3Transformer1DModel": {"rotary_dim": 16},
+    "DreamLiteTransformer2DModel": {"in_channels": 64, "cross_attention_dim": 64, "num_layers": 4},
+    "CosmosTransformer3DModel": {"concat_padding_mask": False},  # which would need torchvision
     "PRXTransformer2DModel": {"axes_dim": [8, 8]},
     "Transformer2DModel": {"in_channels": 32, "num_layers": 4, "cross_attention_dim": 32},
     "TransformerTemporalModel": {"in_channels": 32, "num_layers": 4, "cross_attention_dim": 32},
-    "WanAnimateTransformer3DModel": {"in_channels": 36},
+    "WanAnimateTransformer3DModel": {"in_channels": 36, "motion_encoder_size": 16, "inject_face_latents_blocks": 2},
     "WanVACETransformer3DModel": {"vace_layers": [0, 2], "vace_in_channels": 16},
 }
 

@@ -180,6 +180,27 @@ def _image_embeds(call: Call) -> Tensor | None:
     return width and call.new.full(0, call.size.text + 1, width)
 
 
+def _frames_before(count: int) -> Maker:
+    """Frames that were made before these, of the same size."""
+    return lambda call: call.new.noise(call.layout.shape[0], count, call.layout.height, call.layout.width)
+
+
+def _numbers(count: int) -> Maker:
+    return lambda call: torch.arange(count, device=call.new.small)
+
+
+def _pose(call: Call) -> Tensor | None:
+    """Of all frames but the first, which is the character's."""
+    layout, width = call.layout, call.setting("latent_channels")
+    return width and call.new.noise(width, max(layout.frames - 1, 1), layout.height, layout.width)
+
+
+def _faces(call: Call) -> Tensor | None:
+    """Pictures of a face, four for every latent frame that the pose has but one."""
+    side, frames = call.setting("motion_encoder_size"), max(call.layout.frames - 1, 1)
+    return side and call.new.noise(3, 4 * (frames - 1) + 1, side, side)
+
+
 def _global(call: Call) -> Tensor | None:
     """How long the sound is: a vector, or a sequence of one that is put before the latents."""
     width, place = call.setting("global_cond_dim"), call.setting("global_states_input_dim")
@@ -244,6 +265,14 @@ IF_NEEDED: dict[str, Maker] = {
     "image_embeds": _image_embeds,
     "global_hidden_states": _global,
     "audio_hidden_states": lambda call: call.new.noise(AUDIO, call.setting("audio_in_channels", "in_audio_dim")),
+    "latents_clean": _frames_before(2),
+    "indices_latents_clean": _numbers(2),
+    "latents_history_2x": _frames_before(2),
+    "indices_latents_history_2x": _numbers(2),
+    "latents_history_4x": _frames_before(16),
+    "indices_latents_history_4x": _numbers(16),
+    "pose_hidden_states": _pose,
+    "face_pixel_values": _faces,
     "audio_num_frames": lambda call: AUDIO,
     "text_encoder_layers": lambda call: [
         call.new.noise(call.text, call.config.text_encoder_dim)

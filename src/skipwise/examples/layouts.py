@@ -48,7 +48,7 @@ def _all(config: Any, size: Size) -> Iterator[Layout]:
         return
     patch_t, patch = patch_of(config)
     height, width = sides(config, size)
-    frames = round_up(size.frames, patch_t)
+    frames = getattr(config, "video_length", None) or round_up(size.frames, patch_t)  # Latte's table of positions
     image = (height // patch) * (width // patch)
     video = frames // patch_t * image
     packed = round_up(size.image, max(PACKED, patch)) // max(PACKED, patch)

@@ -69,10 +69,62 @@ def _mini_max_music3(config: Any, size: Size, new: Tensors) -> dict[str, Any]:
     }
 
 
+def _lumina_next(config: Any, size: Size, new: Tensors) -> dict[str, Any]:
+    side = round_up(size.image, config.patch_size)
+    head = config.hidden_size // config.num_attention_heads
+    return {
+        "hidden_states": new.noise(config.in_channels, side, side),
+        "timestep": new.full(0.5),
+        "encoder_hidden_states": new.noise(size.text, config.cross_attention_dim),
+        "encoder_mask": new.mask(size.text),
+        "image_rotary_emb": torch.ones(side, side, head // 2, dtype=torch.complex64, device=new.small),
+        "cross_attention_kwargs": {},
+    }
+
+
+def _omni_gen(config: Any, size: Size, new: Tensors) -> dict[str, Any]:
+    side = round_up(size.image, config.patch_size)
+    length = size.text + 1 + (side // config.patch_size) ** 2  # words, the time and the image in one sequence
+    return {
+        "hidden_states": new.noise(config.in_channels, side, side),
+        "timestep": new.full(0.5),
+        "input_ids": new.tokens(size.text, config.vocab_size),
+        "input_img_latents": [],
+        "input_image_sizes": {},
+        "attention_mask": new.full(1, length, length),
+        "position_ids": torch.arange(length, device=new.small).repeat(size.batch, 1),
+    }
+
+
+def _joy_image_edit_plus(config: Any, size: Size, new: Tensors) -> dict[str, Any]:
+    frames, height, width = config.patch_size
+    rows, columns = (round_up(size.image, side) // side for side in (height, width))
+    return {
+        "hidden_states": new.noise(rows * columns, config.in_channels, frames, height, width),
+        "timestep": new.full(500),
+        "encoder_hidden_states": new.noise(size.text, config.text_dim),
+        "shape_list": [[(1, rows, columns)]] * size.batch,
+    }
+
+
+def _sana_wm(config: Any, size: Size, new: Tensors) -> dict[str, Any]:
+    frames, side = (round_up(n, of) for n, of in zip((size.frames, size.image), config.patch_size, strict=False))
+    return {  # a timestep a frame, and the text as if it were of several prompts
+        "hidden_states": new.noise(config.in_channels, frames, side, side),
+        "timestep": new.full(500, 1, frames),
+        "encoder_hidden_states": new.noise(1, size.text, config.caption_channels),
+        "encoder_attention_mask": new.mask(size.text),
+    }
+
+
 ROWS: dict[str, Callable[[Any, Size, Tensors], dict[str, Any]]] = {
     "HiDreamImageTransformer2DModel": _hi_dream,
     "Ideogram4Transformer2DModel": _ideogram4,
+    "JoyImageEditPlusTransformer3DModel": _joy_image_edit_plus,
+    "LuminaNextDiT2DModel": _lumina_next,
     "MiniMaxMusic3Transformer1DModel": _mini_max_music3,
+    "OmniGenTransformer2DModel": _omni_gen,
     "QwenImage21Transformer2DModel": _qwen_image21,
+    "SanaWMTransformer3DModel": _sana_wm,
     "ZImageTransformer2DModel": _z_image,
 }

@@ -59,6 +59,13 @@ class _OneDevice(TorchFunctionMode):
         return func(*args, **kwargs)
 
 
+class _Autocast(torch.autocast):
+    """Models switch it off where they count in float32, on the device that a tensor is on; of meta it knows nothing."""
+
+    def __init__(self, device_type: str, *args: Any, **kwargs: Any):
+        super().__init__("cpu" if device_type == "meta" else device_type, *args, **kwargs)
+
+
 def _is_meta(leaf: Any) -> bool:
     return isinstance(leaf, Tensor) and leaf.is_meta
 
@@ -78,5 +85,9 @@ def shapes_only() -> Iterator[Shapes]:
 
     Enter it after a FLOP counter, so that the counter sees the ops that are really run.
     """
-    with torch.no_grad(), _OneDevice(), Shapes() as shapes:
-        yield shapes
+    autocast, torch.autocast = torch.autocast, _Autocast  # type: ignore[misc]
+    try:
+        with torch.no_grad(), _OneDevice(), Shapes() as shapes:
+            yield shapes
+    finally:
+        torch.autocast = autocast  # type: ignore[misc]

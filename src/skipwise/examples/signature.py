@@ -6,7 +6,7 @@ grid or tokens and which width is the text's, is found by trying: the first call
 
 import inspect
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import product
 from typing import Any
 
@@ -25,6 +25,7 @@ from skipwise.wrapping import class_of
 Parameters = Mapping[str, inspect.Parameter]
 # lengths that no two of a call's tensors share, so that only the right call runs
 TRIED = Size(image=12, text=7, frames=3)
+MULTIPLE = replace(TRIED, image=24)  # for models whose patches come in blocks of eight
 
 
 @dataclass(frozen=True)
@@ -68,10 +69,10 @@ def _find_way(model: nn.Module) -> Way:
     twin = meta_twin(model)
     new = Tensors(TRIED.batch, torch.device("meta"), dtype_of(model))
     reason, furthest = "it has none of the latents that are known", -1
-    for way in _ways(twin):
+    for size, way in product((TRIED, MULTIPLE), _ways(twin)):
         with shapes_only() as shapes:
             try:
-                twin(**_arguments(twin, way, TRIED, new))
+                twin(**_arguments(twin, way, size, new))
                 return way
             except Exception as error:  # the call does not fit: models complain each in its own way
                 if shapes.ops > furthest:
@@ -110,7 +111,7 @@ def _ways(model: nn.Module) -> Iterator[Way]:
     widths = widths or [None]
     extras = [{}, {"guided": False}, {"all_known": True}, {"time_a_frame": True}]
     for extra, layout in product(extras, found):
-        yield from (Way(layout, width, **extra) for width in widths)
+        yield from (Way(layout, width, **extra) for width in (*widths, None))
 
 
 def _arguments(model: nn.Module, way: Way, size: Size, new: Tensors) -> dict[str, Any]:

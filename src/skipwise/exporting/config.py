@@ -158,7 +158,7 @@ def _check_twin(model: nn.Module, twin: nn.Module, plan: Plan) -> None:
         wanted = _facts(model, plan)
     found = _facts(twin, plan)
     _forget_gone_kinds(wanted, found)
-    _count_what_runs(wanted, plan)
+    _count_what_runs(wanted, found, plan)
     for name in [*wanted, *(name for name in found if name not in wanted)]:
         if wanted.get(name) != found.get(name):
             what = _difference(wanted.get(name, {}), found.get(name, {}))
@@ -183,11 +183,18 @@ def _forget_gone_kinds(wanted: dict[str, dict[str, Any]], found: Mapping[str, Ma
             wanted[name]["layer_types"] = left
 
 
-def _count_what_runs(wanted: dict[str, dict[str, Any]], plan: Plan) -> None:
-    """Set, in place, the number of blocks that the owner of a list keeps beside it (CTRL, DistilBERT, XLNet)."""
+def _count_what_runs(wanted: dict[str, dict[str, Any]], found: Mapping[str, Mapping[str, Any]], plan: Plan) -> None:
+    """Set, in place, what the owner of a list keeps beside it of the number of blocks (CTRL, DistilBERT, XLNet), and
+    lists of one entry a block that is the same for all (LongCat-Image).
+    """
     for kept in kept_of(plan):
-        owner = wanted[kept.stack.rpartition(".")[0] or "model"]
-        owner |= {name: len(kept.blocks) for name in DEPTHS if owner.get(name) == kept.length}
+        name = kept.stack.rpartition(".")[0] or "model"
+        owner, cut = wanted[name], found.get(name, {})
+        owner |= {key: len(kept.blocks) for key in DEPTHS if owner.get(key) == kept.length}
+        for key, value in owner.items():
+            alike = isinstance(value, list | tuple) and len(value) == kept.length and len(set(map(repr, value))) == 1
+            if alike and cut.get(key) == value[: len(kept.blocks)]:
+                owner[key] = cut[key]
 
 
 def _difference(wanted: Mapping[str, Any], found: Mapping[str, Any]) -> str:
