@@ -28,24 +28,42 @@ SIZES: list[tuple[str, int | None]] = [
     (r"(q|kv|o)_lora_rank", 8),
     (r"max_position_embeddings|n_positions|n_ctx|max_(source|target)_positions|max_seq_len.*", 64),
     (r"(.*_)?sliding_window(_size)?|window_size|attention_window_size|attention_chunk_size|local_attention", 4),
+    (r"(mamba_)?chunk_size", 8),
     (r"image_size", 32),
     (r"patch_size", 16),
 ]
 
+ROPE = {"rope_type": "default", "rope_theta": 1e4}
 # what the names do not say: class of a model -> fields of its config, those of a part as "text_config.field"
 CHANGES: dict[str, dict[str, Any]] = {
     # of two kinds of layers at least two of each are left when any one is skipped
     "JambaForCausalLM": {"num_hidden_layers": 6, "attn_layer_period": 2, "attn_layer_offset": 1},
-    "BambaForCausalLM": {"num_hidden_layers": 6, "attn_layer_indices": [1, 3, 4]},
+    "BambaForCausalLM": {"num_hidden_layers": 6, "attn_layer_indices": [1, 3, 4], "mamba_n_heads": 8},
+    "FalconH1ForCausalLM": {"mamba_d_ssm": 128, "mamba_n_heads": 8, "mamba_d_head": 16, "mamba_d_state": 16},
+    "MobileBertForMaskedLM": {"intra_bottleneck_size": 64},
+    "MobileBertModel": {"intra_bottleneck_size": 64},
+    "HunYuanVLForConditionalGeneration": {"text_config.rope_parameters": ROPE | {"mrope_section": [2, 2, 2, 2]}},
+    "LongT5ForConditionalGeneration": {"decoder_start_token_id": 0},
+    "Mistral4ForCausalLM": {"rope_parameters": ROPE},
+    "Qwen2_5OmniThinkerForConditionalGeneration": {"vision_start_token_id": 5},
+    "Qwen3OmniMoeThinkerForConditionalGeneration": {"vision_start_token_id": 5},
     "ReformerModelWithLMHead": {"is_decoder": True, "axial_pos_embds_dim": [16, 48], "axial_pos_shape": [8, 8]},
     "ReformerForMaskedLM": {"is_decoder": False, "axial_pos_embds_dim": [16, 48], "axial_pos_shape": [8, 8]},
     "ReformerModel": {"axial_pos_embds_dim": [16, 48], "axial_pos_shape": [8, 8]},
     "DbrxForCausalLM": {"attn_config.rope_theta": 1e4},
     "DeepseekV2ForCausalLM": {"num_experts_per_tok": 2},
     "NemotronForCausalLM": {"num_key_value_heads": 2},
-    "GraniteMoeHybridForCausalLM": {"layer_types": ["mamba", "attention"] * 3, "num_hidden_layers": 6},
+    "GraniteMoeHybridForCausalLM": {
+        "layer_types": ["mamba", "attention"] * 3,
+        "num_hidden_layers": 6,
+        "mamba_n_heads": 8,
+    },
     "NemotronHForCausalLM": {"layers_block_type": ["mamba", "attention", "mlp"] * 2, "num_hidden_layers": 6},
-    "Zamba2ForCausalLM": {"layers_block_type": ["mamba", "hybrid"] * 3, "num_hidden_layers": 6},
+    "Zamba2ForCausalLM": {
+        "layers_block_type": ["mamba", "hybrid"] * 3,
+        "num_hidden_layers": 6,
+        "attention_hidden_size": 128,
+    },
     "ChameleonForConditionalGeneration": {"vocabulary_map": {"<image>": 5}},
     "Emu3ForConditionalGeneration": {"vocabulary_map": {"<image>": 5}},
     "GPTNeoForCausalLM": {"attention_types": [[["global", "local"], 2]], "attention_layers": ["global", "local"] * 2},
@@ -64,9 +82,9 @@ CHANGES: dict[str, dict[str, Any]] = {
     "XmodForCausalLM": {"default_language": "en_XX", "is_decoder": True},
     "XmodForMaskedLM": {"default_language": "en_XX"},
 }
-ROPE = {"rope_type": "default", "rope_theta": 1e4}
 for _name in ("Qwen2VL", "Qwen2_5_VL", "Qwen2_5OmniThinker", "PaddleOCRVL"):
-    CHANGES[f"{_name}ForConditionalGeneration"] = {"text_config.rope_parameters": ROPE | {"mrope_section": [2, 3, 3]}}
+    _changes = CHANGES.setdefault(f"{_name}ForConditionalGeneration", {})
+    _changes["text_config.rope_parameters"] = ROPE | {"mrope_section": [2, 3, 3]}
 for _name in ("Glm46V", "Glm4v", "Glm4vMoe", "GlmOcr"):
     CHANGES[f"{_name}ForConditionalGeneration"] = {
         "text_config.rope_parameters": ROPE | {"partial_rotary_factor": 0.5, "mrope_section": [2, 1, 1]}
@@ -98,6 +116,8 @@ def _shrunk(default: Any, changes: dict[str, Any]) -> Any:
             fields[name] = _small(name, value)
     if vars(default).get("head_dim", HEAD) is None:
         fields["head_dim"] = HEAD
+    if "qk_head_dim" in fields:
+        fields["qk_head_dim"] = 2 * HEAD  # with positions and without
     _keep_all_heads(default, fields)
     _shrink_sections(default, fields)
     fields |= {key: value for key, value in changes.items() if "." not in key}

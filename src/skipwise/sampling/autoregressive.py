@@ -61,10 +61,12 @@ def decode_autoregressive(
 
 @contextmanager
 def _own_state_refused(model: Any) -> Iterator[None]:
-    """Of a class that keeps its state by layer itself (RWKV, XLNet, xLSTM), which no plan cuts, one line."""
+    """Of a class that keeps its state by layer itself (RWKV, XLNet, xLSTM, MVP), which no plan cuts, one line."""
     try:
         yield
-    except (IndexError, TypeError) as error:
+    except UserError:
+        raise
+    except (IndexError, KeyError, TypeError, ValueError) as error:
         if not any(cut_now(model).skipped.values()):
             raise
         raise UserError(
