@@ -13,6 +13,7 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 from torch import Tensor, nn
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
@@ -70,6 +71,19 @@ def test_a_wrapped_diffusion_model_generates() -> None:
     expected = sw.generate(plain, IDS, gen_length=6).sequences
     for wrap in (WRAPPERS["torch.compile"], WRAPPERS["DataParallel"]):
         assert torch.equal(sw.generate(wrap(plain), IDS, gen_length=6).sequences, expected)
+
+
+@pytest.mark.parametrize("wrap", [lambda block: torch.compile(block, backend="eager"), checkpoint_wrapper])
+@pytest.mark.parametrize("row", ["llama", "mdlm"])
+def test_wrapped_blocks(row: str, wrap: Callable[[nn.Module], nn.Module]) -> None:
+    plain, wrapped = LANGUAGE[row](), LANGUAGE[row]()
+    stack = sw.find_contract(plain).main_stack
+    blocks: Any = wrapped.get_submodule(stack)
+    for number, block in enumerate(blocks):
+        blocks[number] = wrap(block)
+    assert sw.find_contract(wrapped) == sw.find_contract(plain)
+    with sw.skip(plain, [1]), sw.skip(wrapped, [1]):
+        assert torch.equal(logits(wrapped), logits(plain))
 
 
 def test_prompts_of_peft_are_refused() -> None:
