@@ -66,6 +66,18 @@ def test_a_wrapped_model_is_planned_as_what_is_inside(name: str) -> None:
     )
 
 
+@pytest.mark.parametrize("name", ["DataParallel", "PeftModel"])
+def test_wrapped_models_are_analysed_calibrated_and_evaluated(name: str) -> None:
+    model, tokenizer = sw.load("tiny-ar")
+    wrapped, texts = WRAPPERS[name](model), ["s3141592=1123459", "s2718281=1122788"]
+    plain = unwrap(wrapped)
+    found, expected = (sw.analyze(each, tokenizer, texts).tensors for each in (wrapped, plain))
+    assert all(torch.equal(found[key], expected[key]) for key in expected)
+    assert sw.Calibration.of(wrapped, tokenizer, texts).model is plain
+    rows = [sw.evaluate(each, tokenizer, tasks=["sort"], examples=2).rows for each in (wrapped, plain)]
+    assert rows[0][0].scores == rows[1][0].scores
+
+
 def test_a_wrapped_diffusion_model_generates() -> None:
     plain = LANGUAGE["llada"]()
     expected = sw.generate(plain, IDS, gen_length=6).sequences
