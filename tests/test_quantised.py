@@ -55,11 +55,11 @@ def counted(model: nn.Module) -> int:
         for parameter in module.parameters(recurse=False):
             total += parameter.numel() * parameter.element_size()
         if isinstance(module, bitsandbytes.nn.Linear8bitLt):
-            total += 4 * module.out_features + 1
+            total += 4 * module.out_features
         if isinstance(module, bitsandbytes.nn.Linear4bit):
             state = module.weight.quant_state
             tensors = [state.absmax, state.code]
-            tensors += [state.state2.absmax, state.state2.code] if state.nested else []
+            tensors += [state.state2.absmax, state.state2.code, state.offset] if state.nested else []
             total += sum(tensor.nbytes for tensor in tensors)
     return total
 

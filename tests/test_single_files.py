@@ -266,6 +266,9 @@ def qwen2(path: Path, change: Callable[[Any], None] | None = None, arch: str = "
     writer.add_token_merges(['! "', "# $"])
     writer.add_bos_token_id(1)
     writer.add_eos_token_id(2)
+    writer.add_unk_token_id(0)
+    writer.add_pad_token_id(0)
+    writer.add_mask_token_id(3)
     names = gguf.get_tensor_name_map(gguf.MODEL_ARCH[classes[1]], 4)
     for key, value in model.state_dict().items():
         stem, kind = key.rsplit(".", 1)

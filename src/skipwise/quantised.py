@@ -54,10 +54,33 @@ def stored_layer(module: Any, dtype: torch.dtype) -> Stored:
     twin = Stored(int(module.in_features), int(module.out_features), bias is not None, device="meta", dtype=dtype)
     if bias is not None:
         twin.bias = hollow(nn.Parameter(bias, False), dtype)
-    # bitsandbytes saves the shape and the like as one more tensor, which is not in memory as such
-    state = {key: value for key, value in module.state_dict().items() if ".quant_state." not in key and key != "bias"}
-    twin.stored = sum(bytes_of(value) for value in state.values() if isinstance(value, Tensor))
+    # not by its state_dict: that of bitsandbytes' layers on a CPU changes their scales
+    twin.stored = sum(bytes_of(tensor) for tensor in _held(module) if tensor is not bias)
     return twin
+
+
+def _held(module: nn.Module) -> list[Tensor]:
+    """The tensors that a layer holds, also those in objects of its own library, such as the scales of its weight."""
+    found: dict[Any, Tensor] = {}
+    library = type(module).__module__.partition(".")[0]
+
+    def look(value: Any) -> None:
+        if isinstance(value, Tensor) and _place(value) not in found:
+            found[_place(value)] = value
+        elif isinstance(value, nn.Module) or type(value).__module__.partition(".")[0] != library or library == "torch":
+            return
+        for part in getattr(value, "__dict__", {}).values():
+            look(part)
+
+    for value in (*module._parameters.values(), *module._buffers.values(), *vars(module).values()):
+        look(value)
+    return list(found.values())
+
+
+def _place(tensor: Tensor) -> Any:
+    """The same for tensors that are the same memory."""
+    plain = type(tensor) in (Tensor, nn.Parameter) and not tensor.is_meta
+    return (tensor.device, tensor.data_ptr()) if plain else id(tensor)
 
 
 def hollow(parameter: nn.Parameter, dtype: torch.dtype) -> nn.Parameter:
@@ -83,9 +106,9 @@ Layout = Callable[[int, int, Mapping[str, Any]], int]
 def _bitsandbytes(outputs: int, inputs: int, config: Mapping[str, Any]) -> int:
     count = outputs * inputs
     if not (config.get("load_in_4bit") or config.get("_load_in_4bit")):
-        return count + 4 * outputs + 1  # a float32 scale a row, and the name of the order
+        return count + 4 * outputs  # a float32 scale a row
     blocks = ceil(count / 64)
-    scales = blocks + 4 * ceil(blocks / 256) + 4 * 256 if config.get("bnb_4bit_use_double_quant") else 4 * blocks
+    scales = blocks + 4 * ceil(blocks / 256) + 4 * 256 + 4 if config.get("bnb_4bit_use_double_quant") else 4 * blocks
     return ceil(count / 2) + scales + 4 * 16  # the table of the 16 values
 
 

@@ -17,10 +17,10 @@ from skipwise.cost import price_blocks
 from skipwise.errors import UserError, unknown
 from skipwise.examples import Size
 from skipwise.plan import Plan
-from skipwise.quantised import meta_twin
 from skipwise.sampling import FAMILIES, Generated, Statistics, generate
 from skipwise.sampling.agreement import agreement
 from skipwise.sampling.others import load_others
+from skipwise.twins import meta_twin
 
 BLOCK = 32  # tokens decoded together, as the official evaluations have it
 
