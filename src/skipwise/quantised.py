@@ -79,8 +79,8 @@ def _held(module: nn.Module) -> list[Tensor]:
 
 def _place(tensor: Tensor) -> Any:
     """The same for tensors that are the same memory."""
-    plain = type(tensor) in (Tensor, nn.Parameter) and not tensor.is_meta
-    return (tensor.device, tensor.data_ptr()) if plain else id(tensor)
+    whole = hasattr(tensor, "__tensor_flatten__") or tensor.is_meta
+    return id(tensor) if whole else (tensor.device, tensor.data_ptr())
 
 
 def hollow(parameter: nn.Parameter, dtype: torch.dtype) -> nn.Parameter:
