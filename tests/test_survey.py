@@ -2,12 +2,14 @@
 
 import json
 from collections import Counter
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
 from skipwise.blocks import find_contract
+from skipwise.cli import main
 from skipwise.examples import Size, example_inputs
 from tests.survey import checks
 from tests.survey.__main__ import PAGE, RESULTS
@@ -96,3 +98,26 @@ def test_a_class_is_as_good_as_its_worst_answer() -> None:
     assert verdict(row | {"export": "refused: its blocks mind their number"}) == "refused"
     assert verdict(row | {"export": "refused: for a reason", "skip": "WRONG: other tokens"}) == "wrong"
     assert verdict({"untried": "ImportError"}) == "untried"
+
+
+@pytest.mark.parametrize(
+    ("name", "said"),
+    [
+        ("DiffusionGemmaForBlockDiffusion", "one forward at 1,024 tokens"),
+        ("LlavaForConditionalGeneration", "one forward at 1,024 tokens"),
+        ("LongCatImageTransformer2DModel", "one forward at a 128 x 128 latent image and 512 text tokens"),
+    ],
+)
+def test_inspect_speaks_of_pictures_where_there_are_some(
+    name: str, said: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model: Any = build(name)
+    save = model.save_config if hasattr(model, "save_config") else model.config.save_pretrained
+    if not hasattr(model, "save_config"):
+        model.config.architectures = [name]
+    save(tmp_path)
+    monkeypatch.setattr("sys.argv", ["skipwise", "inspect", str(tmp_path)])
+    with pytest.raises(SystemExit) as ended:
+        main()
+    assert not ended.value.code
+    assert said in " ".join(capsys.readouterr().out.split())

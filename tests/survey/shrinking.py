@@ -56,6 +56,8 @@ CHANGES: dict[str, dict[str, Any]] = {
     "MambaForCausalLM": {"time_step_rank": 4},
     "Mamba2ForCausalLM": {"num_heads": 8, "head_dim": 16, "n_groups": 1, "state_size": 16},
     "Step3p7ForConditionalGeneration": {"text_config.sliding_window": 4},
+    "xLSTMForCausalLM": {"qk_dim_factor": 1.0},
+    "RecurrentGemmaForCausalLM": {"num_hidden_layers": 6},
     "EncoderDecoderModel": {"decoder_start_token_id": 1},
     "T5GemmaEncoderModel": {"is_encoder_decoder": False},
     "T5ForConditionalGeneration": {"decoder_start_token_id": 0},

@@ -158,6 +158,7 @@ def _check_twin(model: nn.Module, twin: nn.Module, plan: Plan) -> None:
         wanted = _facts(model, plan)
     found = _facts(twin, plan)
     _forget_gone_kinds(wanted, found)
+    _count_what_runs(wanted, plan)
     for name in [*wanted, *(name for name in found if name not in wanted)]:
         if wanted.get(name) != found.get(name):
             what = _difference(wanted.get(name, {}), found.get(name, {}))
@@ -182,6 +183,13 @@ def _forget_gone_kinds(wanted: dict[str, dict[str, Any]], found: Mapping[str, Ma
             wanted[name]["layer_types"] = left
 
 
+def _count_what_runs(wanted: dict[str, dict[str, Any]], plan: Plan) -> None:
+    """Set, in place, the number of blocks that the owner of a list keeps beside it (CTRL, DistilBERT, XLNet)."""
+    for kept in kept_of(plan):
+        owner = wanted[kept.stack.rpartition(".")[0] or "model"]
+        owner |= {name: len(kept.blocks) for name in DEPTHS if owner.get(name) == kept.length}
+
+
 def _difference(wanted: Mapping[str, Any], found: Mapping[str, Any]) -> str:
     absent = object()
     key = next(key for key in [*wanted, *found] if wanted.get(key, absent) != found.get(key, absent))
@@ -195,7 +203,8 @@ def _facts(model: nn.Module, plan: Plan) -> dict[str, dict[str, Any]]:
         for number, config in enumerate(layer_configs(model, kept.stack)):
             lists = {key: list(getattr(config, key)) for key in layer_list_names(config, len(kept.blocks))}
             overrides = getattr(config, "_heterogeneity_spec", None)
-            facts[f"config {number} of {kept.stack}"] = lists | {"per-layer overrides": overrides}
+            if lists or overrides is not None:  # whether a config without either counts these blocks says nothing
+                facts[f"config {number} of {kept.stack}"] = lists | {"per-layer overrides": overrides}
     return facts
 
 

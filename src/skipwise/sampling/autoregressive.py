@@ -1,5 +1,7 @@
 """Autoregressive decoding: a thin call of transformers' `generate` and its KV cache, under the applied plan."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -8,6 +10,7 @@ from torch import Tensor
 from transformers import StoppingCriteriaList
 
 from skipwise.errors import UserError
+from skipwise.skipping import cut_now
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,7 +46,7 @@ def decode_autoregressive(
     if not stop_at_eos:
         sampling["min_new_tokens"] = gen_length
     pad = model.generation_config.pad_token_id
-    with torch.random.fork_rng(enabled=temperature > 0):
+    with torch.random.fork_rng(enabled=temperature > 0), _own_state_refused(model):
         torch.manual_seed(seed)
         return model.generate(
             input_ids,
@@ -54,3 +57,17 @@ def decode_autoregressive(
             stopping_criteria=settings.stopping_criteria,
             **sampling,
         )
+
+
+@contextmanager
+def _own_state_refused(model: Any) -> Iterator[None]:
+    """Of a class that keeps its state by layer itself (RWKV, XLNet, xLSTM), which no plan cuts, one line."""
+    try:
+        yield
+    except (IndexError, TypeError) as error:
+        if not any(cut_now(model).skipped.values()):
+            raise
+        raise UserError(
+            f"{type(model).__name__} cannot generate under this plan, as it keeps a state of every layer itself "
+            f"({error}); export the plan and generate with the export."
+        ) from error
