@@ -212,7 +212,7 @@ def test_flux_in_its_authors_layout(monkeypatch: pytest.MonkeyPatch, tmp_path: P
 def test_a_file_of_a_language_model_is_in_its_folder(tmp_path: Path) -> None:
     beside({"model_type": "qwen2"}, tmp_path)
     save_file({"model.norm.weight": torch.ones(3)}, tmp_path / "model.safetensors")
-    with pytest.raises(sw.UserError, match="is one file of the model in .*; give that folder"):
+    with pytest.raises(sw.UserError, match=r"is one file of the model in .*; give that folder"):
         sw.load(str(tmp_path / "model.safetensors"))
 
 
