@@ -4,7 +4,7 @@ BIN := .venv/bin
 PIP := $(BIN)/python -m pip install -q -c constraints.txt
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-slow lint reproduce-p1 reproduce-p2 reproduce-p3 bench smollm2 corpora pictures clean
+.PHONY: help demo test test-slow lint reproduce-p1 reproduce-p2 reproduce-p3 bench models smollm2 corpora pictures clean
 .NOTPARALLEL:  # two pips must not write to one environment
 
 help:  ## Show the targets
@@ -38,6 +38,10 @@ bench: .venv/.installed-dev  ## Timings in turns, and docs/results/speed.md anew
 	$(BIN)/python benchmarks/skip_overhead.py --pairs 100
 	HF_HUB_OFFLINE=1 $(BIN)/python benchmarks/speed.py --compile -o docs/results/speed.json
 	$(BIN)/python benchmarks/speed_page.py docs/results/speed.json -o docs/results/speed.md
+
+models: .venv/.installed-dev  ## Try every class of transformers and diffusers, and make docs/models.md anew (about 20 minutes)
+	rm -rf runs/models
+	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(BIN)/python -m tests.survey
 
 smollm2: .venv/.installed-gguf  ## Fetch SmolLM2-135M once (93 MB) and convert it
 	$(BIN)/python -m skipwise.zoo.smollm2

@@ -1,6 +1,7 @@
 """Native models are models of transformers: saved and read back by every way, and decoded by `model.generate`."""
 
 import json
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -10,7 +11,15 @@ import pytest
 import torch
 from safetensors import safe_open
 from torch import Tensor
-from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelForMaskedLM, GenerationConfig, pipeline
+from transformers import (
+    AutoConfig,
+    AutoModel,
+    AutoModelForCausalLM,
+    AutoModelForMaskedLM,
+    BitsAndBytesConfig,
+    GenerationConfig,
+    pipeline,
+)
 
 import skipwise as sw
 from skipwise.loading import find
@@ -299,6 +308,44 @@ def test_prompts_as_people_have_them() -> None:
     assert torch.equal(
         sw.generate(ar, ragged, max_new_tokens=5).sequences, sw.generate(ar, **inputs, gen_length=5).sequences
     )
+
+
+@pytest.mark.parametrize("name", [*EMBEDDED, "llama"])
+def test_linears_that_torch_quantises_as_it_runs(name: str) -> None:
+    """The tokens are those that the model says, the FLOPs those of the plain layers, under a plan too."""
+    model = ROWS[name]()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch would rather have torchao
+        quantised = torch.ao.quantization.quantize_dynamic(model, {torch.nn.Linear})
+    contract = sw.find_contract(quantised)
+    plan = sw.Plan.static(contract.shape, {contract.main_stack: [1]})
+    for given in (None, plan):
+        found, plain = (
+            sw.generate(each, IDS, gen_length=4, plan=given, stop_at_eos=False) for each in (quantised, model)
+        )
+        assert found.stats.all_in_flops == plain.stats.all_in_flops
+    if name == "mdlm":  # which draws
+        return
+    new = getattr(model.config, "mask_token_id", None)
+    ids = IDS if new is None else torch.cat([IDS, torch.full((2, 1), new)], 1)
+    with torch.no_grad():
+        logits = quantised(ids).logits[:, -1]
+    if new is not None:
+        logits[:, new] = -torch.inf
+    assert torch.equal(sw.generate(quantised, IDS, gen_length=1).sequences[:, -1], logits.argmax(-1))
+
+
+@pytest.mark.parametrize("name", ["llada", "mdlm"])
+def test_weights_of_eight_bits(name: str, tmp_path: Path) -> None:
+    pytest.importorskip("bitsandbytes")
+    plain = ROWS[name]()
+    plain.save_pretrained(tmp_path)
+    quantised, _ = sw.load(str(tmp_path), quantization_config=BitsAndBytesConfig(load_in_8bit=True))
+    assert any(parameter.dtype == torch.int8 for parameter in quantised.parameters())
+    with torch.no_grad():
+        error = (quantised(IDS).logits - plain(IDS).logits).norm() / plain(IDS).logits.norm()
+    assert 0 < error < 0.1
+    assert torch.equal(quantised.generate(IDS, max_new_tokens=4)[:, :9], IDS)
 
 
 @pytest.mark.parametrize(

@@ -123,13 +123,13 @@ def test_a_model_in_the_real_size_is_given_the_same_as_a_toy() -> None:
 WAYS = [
     "AceStepTransformer1DModel",
     "AnyFlowTransformer3DModel",
-    "BriaFiboTransformer2DModel",
     "EasyAnimateTransformer3DModel",
     "ErnieImageTransformer2DModel",
     "GlmImageTransformer2DModel",
     "HunyuanVideo15Transformer3DModel",
     "Kandinsky5Transformer3DModel",
     "Krea2Transformer2DModel",
+    "LTX2VideoTransformer3DModel",
     "StableAudioDiTModel",
 ]
 

@@ -295,8 +295,9 @@ def test_an_adapter_of_peft(dllm: tuple[Any, Any], tmp_path: Path) -> None:
     with pytest.raises(sw.UserError, match="carries an adapter already"):
         SkipwiseLM(model, tokenizer=tokenizer, peft=str(tmp_path / "adapter"), plan=healed)
     (tmp_path / "adapter" / "adapter_model.safetensors").unlink()
+    emptied = SkipwiseLM(model, tokenizer=tokenizer, peft=str(tmp_path / "adapter"))
     with pytest.raises(sw.UserError, match=r"has no adapter_model\.safetensors"):
-        SkipwiseLM(model, tokenizer=tokenizer, peft=str(tmp_path / "adapter"))
+        emptied.generate_until(asked)
 
 
 @pytest.mark.parametrize("name", ["tiny-dllm", "tiny-ar"])
@@ -390,7 +391,7 @@ def run(monkeypatch: pytest.MonkeyPatch, *arguments: object) -> int:
         ("pretrained=tiny-dllm,gen_length=64", "leaves no room for a prompt"),
         ("pretrained=tiny-dllm,batch_size=some", "batch_size='some'"),
         ("pretrained=tiny-dllm,batch_size=0", "batch_size=0"),
-        ("pretrained=tiny-dllm,peft=nothing", "peft=nothing has no adapter_config.json"),
+        ("pretrained=tiny-dllm,peft=nothing", "peft=nothing is no folder"),
         ("pretrained=tiny-dllm,tokenizer=tiny-dlm", "Did you mean 'tiny-dllm'"),
         ("pretrained=tiny-dllm,trust_remote_code=True", "never run"),
         ("pretrained=tiny-ar,steps=8", "leave out steps"),

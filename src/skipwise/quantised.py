@@ -41,16 +41,19 @@ def bytes_of(tensor: Tensor) -> int:
 
 def is_quantised(module: nn.Module) -> bool:
     """Whether a layer holds weights of its own that are packed or scaled, by whichever library."""
+    if not (hasattr(module, "in_features") and hasattr(module, "out_features")):
+        return False
     own = [t for t in (*module._parameters.values(), *module._buffers.values()) if t is not None]
     packed = any(t.element_size() == 1 or t.dtype == torch.int32 for t in own if t.ndim > 1)
     plain = (nn.Parameter, DTensor)  # a sharded parameter is a plain one in parts
     odd = any(type(p) not in plain for p in module._parameters.values() if p is not None)
-    return (packed or odd) and hasattr(module, "in_features") and hasattr(module, "out_features")
+    return packed or odd or callable(getattr(module, "weight", None))  # torch.ao's layers have methods
 
 
 def stored_layer(module: Any, dtype: torch.dtype) -> Stored:
     """What stands for a quantised layer in a twin."""
-    bias = getattr(module, "bias", None)
+    bias: Any = getattr(module, "bias", None)
+    bias = bias() if callable(bias) else bias
     twin = Stored(int(module.in_features), int(module.out_features), bias is not None, device="meta", dtype=dtype)
     if bias is not None:
         twin.bias = hollow(nn.Parameter(bias, False), dtype)
@@ -61,6 +64,9 @@ def stored_layer(module: Any, dtype: torch.dtype) -> Stored:
 
 def _held(module: nn.Module) -> list[Tensor]:
     """The tensors that a layer holds, also those in objects of its own library, such as the scales of its weight."""
+    weight: Any = getattr(module, "weight", None)
+    if callable(weight):  # torch.ao's layers have methods
+        return [weight()]
     found: dict[Any, Tensor] = {}
     library = type(module).__module__.partition(".")[0]
 

@@ -221,6 +221,7 @@ def _as_transformers_does(model: nn.Module, short: nn.Module, ids: torch.Tensor,
 
 def greedy(model: Any, ids: torch.Tensor, use_cache: bool = False) -> torch.Tensor:
     """Greedy decoding by transformers, by default without a KV cache."""
+    pad = model.generation_config.pad_token_id
     with torch.no_grad():
         return model.generate(
             ids,
@@ -229,7 +230,7 @@ def greedy(model: Any, ids: torch.Tensor, use_cache: bool = False) -> torch.Tens
             min_new_tokens=NEW,
             do_sample=False,
             use_cache=use_cache,
-            pad_token_id=0,
+            pad_token_id=0 if pad is None else pad,
         )
 
 

@@ -56,6 +56,7 @@ CHANGES: dict[str, dict[str, Any]] = {
     "MambaForCausalLM": {"time_step_rank": 4},
     "Mamba2ForCausalLM": {"num_heads": 8, "head_dim": 16, "n_groups": 1, "state_size": 16},
     "Step3p7ForConditionalGeneration": {"text_config.sliding_window": 4},
+    "EncoderDecoderModel": {"decoder_start_token_id": 1},
     "T5GemmaEncoderModel": {"is_encoder_decoder": False},
     "T5ForConditionalGeneration": {"decoder_start_token_id": 0},
     "XmodForCausalLM": {"default_language": "en_XX", "is_decoder": True},

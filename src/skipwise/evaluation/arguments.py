@@ -38,18 +38,25 @@ def _device(wanted: str | None) -> str:
     return "cpu" if not wanted or wanted.startswith("cuda") else wanted
 
 
+def check_peft(plan: Plan | None, folder: str | None) -> None:
+    """Raise UserError when there is no such folder, and when the plan has an adapter already."""
+    if folder is None:
+        return
+    if not Path(folder).expanduser().is_dir():
+        raise UserError(f"peft={folder} is no folder; give the one that peft's save_pretrained wrote.")
+    if plan is not None and plan.adapter is not None:
+        raise UserError(f"peft={folder}: the plan carries an adapter already; leave out either of them.")
+
+
 def with_peft(plan: Plan | None, model: nn.Module, folder: str) -> Plan:
     """The plan, or one that runs all blocks, with the adapter that peft's `save_pretrained` wrote into a folder.
 
-    It is merged into the weights for as long as the plan is in force. Raises UserError for a folder without an adapter
-    and for a plan that has one already.
+    It is merged into the weights for as long as the plan is in force. Raises UserError for a folder without an adapter.
     """
     path = Path(folder).expanduser()
     lacking = [name for name in PEFT_FILES if not (path / name).is_file()]
     if lacking:
         raise UserError(f"peft={folder} has no {lacking[0]}; give the folder that peft's save_pretrained wrote.")
-    if plan is not None and plan.adapter is not None:
-        raise UserError(f"peft={folder}: the plan carries an adapter already; leave out either of them.")
     return (plan or Plan.static(find_contract(model).shape, {})).with_adapter(path)
 
 

@@ -12,6 +12,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext, suppress
 from dataclasses import asdict, replace
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -26,7 +27,7 @@ from tqdm import tqdm
 
 from skipwise.cost import estimate
 from skipwise.errors import UserError
-from skipwise.evaluation.arguments import largest_batch, load_model, longest, read_batch_size, with_peft
+from skipwise.evaluation.arguments import check_peft, largest_batch, load_model, longest, read_batch_size, with_peft
 from skipwise.evaluation.distributed import Distributed
 from skipwise.evaluation.likelihood import Likelihood, LikelihoodSettings, Request, loglikelihoods, pad
 from skipwise.examples import Size
@@ -87,7 +88,8 @@ class SkipwiseLM(Distributed, TemplateLM):
         super().__init__()
         if settings.pop("trust_remote_code", False):
             raise UserError("trust_remote_code=True: remote code is never run; leave it out.")
-        self.plan = Plan.load(plan) if isinstance(plan, str) else plan
+        self._bare, self._peft = Plan.load(plan) if isinstance(plan, str) else plan, peft
+        check_peft(self._bare, peft)
         rows = read_batch_size(batch_size)
         self.join_processes()
         device = str(self.accelerator.device) if self.accelerator else device
@@ -96,14 +98,17 @@ class SkipwiseLM(Distributed, TemplateLM):
         self._device = next(self.model.parameters()).device
         self.kind = kind_of(self.model)
         self.max_length = max_length or longest(self.model.config, self.tokenizer)
-        if peft is not None:
-            self.plan = with_peft(self.plan, self.model, peft)
         self.batch_size = rows or largest_batch(self.model, self.max_length, max_batch_size)
         self.add_bos_token, self.escape_until = add_bos_token, escape_until
         self.seed, self.settings = seed, settings
         self.likelihood = self._likelihood_settings()
         self.generated: Counter[str] = Counter()
         self._try_settings()
+
+    @cached_property
+    def plan(self) -> Plan | None:
+        """What runs, with peft's adapter, read when the model is first asked: a training may still write it."""
+        return with_peft(self._bare, self.model, self._peft) if self._peft else self._bare
 
     @classmethod
     def create_from_arg_obj(cls, arg_dict: dict, additional_config: dict | None = None) -> "SkipwiseLM":
@@ -140,7 +145,7 @@ class SkipwiseLM(Distributed, TemplateLM):
             trial["gen_length"] = 1
         self._room(self.settings.get("gen_length", 0))
         with suppress(_TrialOverError):
-            generate(self.model, torch.tensor([[self.prefix_token_id]], device=self.device), plan=self.plan, **trial)
+            generate(self.model, torch.tensor([[self.prefix_token_id]], device=self.device), plan=self._bare, **trial)
 
     @property
     def eot_token_id(self) -> int:

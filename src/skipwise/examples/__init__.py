@@ -17,6 +17,7 @@ from skipwise.examples.shapes import Shapes, shapes_only
 from skipwise.examples.signature import dtype_of, from_signature, no_example, run_example
 from skipwise.examples.size import TINY, Size
 from skipwise.examples.tensors import Tensors
+from skipwise.wrapping import class_of
 
 __all__ = ["ROWS", "TINY", "Shapes", "Size", "example_inputs", "on_meta", "run_example", "shapes_only"]
 
@@ -37,6 +38,11 @@ def example_inputs(model: nn.Module, size: Size = TINY, device: torch.device | s
             return ROWS[cls.__name__](model.config, size, new)
     if hasattr(model, "config_name"):  # a diffusers model, without importing diffusers
         return from_signature(model, size, new)
-    if "input_ids" in inspect.signature(model.forward).parameters:
+    parameters = inspect.signature(class_of(model).forward).parameters
+    if "input_ids" in parameters:
+        named = [(name, p) for name, p in list(parameters.items())[1:] if p.kind is p.POSITIONAL_OR_KEYWORD]
+        needed = [name for name, p in named if p.default is p.empty]
+        if set(needed) - {"input_ids"}:
+            raise no_example(model, f"its forward cannot do without {', '.join(needed)}")
         return language_inputs(model, size, new)
     raise no_example(model, "its forward takes no `input_ids`, and it is no diffusers model")

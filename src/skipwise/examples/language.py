@@ -1,4 +1,4 @@
-"""What a language model takes: token ids, and a picture only where it does not run without."""
+"""What a language model takes: token ids. A vision-language model is given the text alone."""
 
 import inspect
 from collections.abc import Mapping
@@ -10,28 +10,21 @@ from torch.utils._pytree import tree_map_only
 
 from skipwise.examples.size import Size
 from skipwise.examples.tensors import Tensors
+from skipwise.wrapping import class_of
 
 FEW = 8  # words, where a config does not say how many there are
 
 
 def language_inputs(model: nn.Module, size: Size, new: Tensors) -> dict[str, Any]:
     """Keyword arguments for one forward of a model that takes `input_ids`."""
-    accepted = inspect.signature(model.forward).parameters
+    accepted = inspect.signature(class_of(model).forward).parameters
     config: Any = model.config
     vocabulary = getattr(getattr(config, "get_text_config", lambda: config)(), "vocab_size", FEW)
     kwargs: dict[str, Any] = {"input_ids": new.tokens(size.tokens, vocabulary)}
     if "decoder_input_ids" in accepted:  # encoder-decoder: a prompt and, of another length, the canvas
         kwargs = {"input_ids": new.tokens(size.text, vocabulary), "decoder_input_ids": kwargs["input_ids"]}
-    if "pixel_values" in accepted and accepted["pixel_values"].default is inspect.Parameter.empty:
-        kwargs["pixel_values"] = _pixels(config, new)
     kwargs |= {"use_cache": False} if "use_cache" in accepted else {}
     return on_meta(model, kwargs) if new.device.type == "meta" else kwargs
-
-
-def _pixels(config: Any, new: Tensors) -> Tensor:
-    """A picture of the size that the part that sees is made for."""
-    vision = getattr(config, "vision_config", config)
-    return new.noise(getattr(vision, "num_channels", 3), vision.image_size, vision.image_size)
 
 
 def on_meta(model: nn.Module, example: Mapping[str, Any]) -> dict[str, Any]:
@@ -42,7 +35,7 @@ def on_meta(model: nn.Module, example: Mapping[str, Any]) -> dict[str, Any]:
         dict(example),
     )
     ids = moved.get("input_ids")
-    if ids is not None and "position_ids" in inspect.signature(model.forward).parameters:
+    if ids is not None and "position_ids" in inspect.signature(class_of(model).forward).parameters:
         # transformers reads the positions, to see whether sequences are packed
         moved.setdefault("position_ids", torch.arange(ids.shape[1])[None])
     return moved

@@ -20,6 +20,7 @@ from skipwise.examples.shapes import shapes_only
 from skipwise.examples.size import Size
 from skipwise.examples.tensors import Tensors
 from skipwise.twins import meta_twin
+from skipwise.wrapping import class_of
 
 Parameters = Mapping[str, inspect.Parameter]
 # lengths that no two of a call's tensors share, so that only the right call runs
@@ -105,7 +106,8 @@ def _ways(model: nn.Module) -> Iterator[Way]:
     parameters = parameters_of(model)
     config: Any = model.config
     found = [layout.name for layout in layouts(config, parameters, TRIED)]
-    widths = [name for name in dict.fromkeys(TEXT_WIDTHS) if type(getattr(config, name, None)) is int] or [None]
+    widths: list[str | None] = [name for name in dict.fromkeys(TEXT_WIDTHS) if type(getattr(config, name, None)) is int]
+    widths = widths or [None]
     extras = [{}, {"guided": False}, {"all_known": True}, {"time_a_frame": True}]
     for extra, layout in product(extras, found):
         yield from (Way(layout, width, **extra) for width in widths)
@@ -142,7 +144,8 @@ def _value(call: Call, parameter: inspect.Parameter, way: Way) -> Any:
 def parameters_of(model: nn.Module) -> Parameters:
     """The forward's parameters by name, without `self` and those that are spread out."""
     spread = (inspect.Parameter.VAR_KEYWORD, inspect.Parameter.VAR_POSITIONAL)
-    return {name: p for name, p in inspect.signature(model.forward).parameters.items() if p.kind not in spread}
+    parameters = inspect.signature(class_of(model).forward).parameters  # others may have replaced the object's own
+    return {name: p for name, p in list(parameters.items())[1:] if p.kind not in spread}
 
 
 def dtype_of(model: nn.Module) -> torch.dtype:

@@ -6,7 +6,6 @@ A run makes these checks before its work, a dry run before its estimate, so that
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import nn
 
 from skipwise.blocks import find_contract
@@ -25,7 +24,7 @@ from skipwise.finetuning.settings import FinetuneSettings
 from skipwise.finetuning.shards import Resident, Shards
 from skipwise.finetuning.subject import Subject
 from skipwise.finetuning.train import TrainingSettings, optimizer_class
-from skipwise.loading import check_no_single_file, check_plain, find, load_skeleton
+from skipwise.loading import check_no_single_file, check_plain, find, load_skeleton, read_device
 from skipwise.plan import Plan
 from skipwise.presets import names as preset_names
 
@@ -69,15 +68,7 @@ def check(
 def check_machine(settings: FinetuneSettings, device: str | None = None) -> None:
     """Raise UserError when this machine lacks what the run needs: a package, or the device."""
     optimizer_class(settings)
-    if device is None:
-        return
-    try:
-        kind = torch.device(device).type
-    except RuntimeError as error:
-        raise UserError(f"Unknown device {device!r}; give one such as cpu or cuda.") from error
-    there = torch.accelerator.current_accelerator()
-    if kind not in ("cpu", there.type if there else "cpu"):
-        raise UserError(f"There is no {device} on this machine; leave --device out to train on what there is.")
+    read_device(device)
 
 
 def _examples(

@@ -265,16 +265,10 @@ class MDLM(MaskedDiffusion, GenerationMixin, PreTrainedModel):  # type: ignore[m
         """Modulations and the head begin at zero, so that every block begins as the identity (DiT)."""
         if isinstance(module, _Embedding):
             nn.init.normal_(module.embedding, std=0.02)
-        elif isinstance(module, MDLMBlock):
-            self._zero(module.adaLN_modulation)
-        elif isinstance(module, _OutputLayer):
-            self._zero(module.adaLN_modulation)
-            self._zero(module.linear)
-
-    @staticmethod
-    def _zero(linear: nn.Linear) -> None:
-        nn.init.zeros_(linear.weight)
-        nn.init.zeros_(linear.bias)
+        if isinstance(module, MDLMBlock | _OutputLayer):
+            zeros = (module.adaLN_modulation, *([module.linear] if isinstance(module, _OutputLayer) else []))
+            for parameter in (parameter for part in zeros for parameter in part.parameters()):
+                nn.init.zeros_(parameter)
 
     def forward(
         self,
