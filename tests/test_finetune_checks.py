@@ -146,7 +146,7 @@ MISTAKES: dict[str, tuple[str, Change, list[str], str]] = {
     "channels of SD3": ("sd3", transformer(in_channels=9), [], "takes 9 input channels, where SD3 makes 4"),
     "transformer": ("flux", other_transformer, [], "FluxPipeline denoises with a FluxTransformer2DModel"),
     "quantised": ("flux", config("transformer", quantization_config={"quant_method": "bitsandbytes"}), [],
-                  "is stored quantised (bitsandbytes)"),
+                  "is quantised (bitsandbytes), and fine-tuning"),
     "Sprint": ("sana", transformer(guidance_embeds=True), [], "is SANA-Sprint"),
     "pickle": ("flux", weights("vae", lambda path: path.rename(path.with_suffix(".bin"))), [], "only as pickle"),
     "damaged": ("flux", weights("transformer", cut), [], "damaged or cut short"),

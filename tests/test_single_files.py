@@ -209,6 +209,13 @@ def test_flux_in_its_authors_layout(monkeypatch: pytest.MonkeyPatch, tmp_path: P
         load_skeleton(str(path))
 
 
+def test_a_file_of_a_language_model_is_in_its_folder(tmp_path: Path) -> None:
+    beside({"model_type": "qwen2"}, tmp_path)
+    save_file({"model.norm.weight": torch.ones(3)}, tmp_path / "model.safetensors")
+    with pytest.raises(sw.UserError, match=r"is one file of the model in .*; give that folder"):
+        sw.load(str(tmp_path / "model.safetensors"))
+
+
 def empty(*shape: int) -> Tensor:
     return torch.empty(shape, device="meta")
 
@@ -261,7 +268,10 @@ def qwen2(path: Path, change: Callable[[Any], None] | None = None, arch: str = "
         writer.add_sliding_window(8)
     writer.add_tokenizer_model("gpt2")
     writer.add_tokenizer_pre("default")
-    writer.add_token_list([chr(33 + i).encode() for i in range(94)] + [b'!"', b"#$"])
+    tokens = [chr(33 + i).encode() for i in range(94)] + [b'!"', b"#$"]
+    if arch == "gemma3":  # its tokenizer adds those of these that are not there
+        tokens[10:15] = [b"<pad>", b"<eos>", b"<bos>", b"<unk>", b"<mask>"]
+    writer.add_token_list(tokens)
     writer.add_token_types([1] * 96)
     writer.add_token_merges(['! "', "# $"])
     writer.add_bos_token_id(1)

@@ -13,6 +13,7 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 from torch import Tensor, nn
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
@@ -65,11 +66,36 @@ def test_a_wrapped_model_is_planned_as_what_is_inside(name: str) -> None:
     )
 
 
+@pytest.mark.parametrize("name", ["DataParallel", "PeftModel"])
+def test_wrapped_models_are_analysed_calibrated_and_evaluated(name: str) -> None:
+    model, tokenizer = sw.load("tiny-ar")
+    wrapped, texts = WRAPPERS[name](model), ["s3141592=1123459", "s2718281=1122788"]
+    plain = unwrap(wrapped)
+    found, expected = (sw.analyze(each, tokenizer, texts).tensors for each in (wrapped, plain))
+    assert all(torch.equal(found[key], expected[key]) for key in expected)
+    assert sw.Calibration.of(wrapped, tokenizer, texts).model is plain
+    rows = [sw.evaluate(each, tokenizer, tasks=["sort"], examples=2).rows for each in (wrapped, plain)]
+    assert rows[0][0].scores == rows[1][0].scores
+
+
 def test_a_wrapped_diffusion_model_generates() -> None:
     plain = LANGUAGE["llada"]()
     expected = sw.generate(plain, IDS, gen_length=6).sequences
     for wrap in (WRAPPERS["torch.compile"], WRAPPERS["DataParallel"]):
         assert torch.equal(sw.generate(wrap(plain), IDS, gen_length=6).sequences, expected)
+
+
+@pytest.mark.parametrize("wrap", [lambda block: torch.compile(block, backend="eager"), checkpoint_wrapper])
+@pytest.mark.parametrize("row", ["llama", "mdlm"])
+def test_wrapped_blocks(row: str, wrap: Callable[[nn.Module], nn.Module]) -> None:
+    plain, wrapped = LANGUAGE[row](), LANGUAGE[row]()
+    stack = sw.find_contract(plain).main_stack
+    blocks: Any = wrapped.get_submodule(stack)
+    for number, block in enumerate(blocks):
+        blocks[number] = wrap(block)
+    assert sw.find_contract(wrapped) == sw.find_contract(plain)
+    with sw.skip(plain, [1]), sw.skip(wrapped, [1]):
+        assert torch.equal(logits(wrapped), logits(plain))
 
 
 def test_prompts_of_peft_are_refused() -> None:

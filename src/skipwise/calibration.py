@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from skipwise.errors import UserError
 from skipwise.models import kind_of, mask_token
+from skipwise.wrapping import unwrap
 
 # A text, or a (prompt, answer) pair of which a diffusion model never sees the prompt masked.
 Text = str | tuple[str, str]
@@ -127,7 +128,7 @@ class Calibration:
         cls, model: nn.Module, tokenizer: Any, texts: Sequence[Text], *, max_tokens: int = 512, **others: Any
     ) -> "Calibration":
         """Calibration on `texts`, cut to `max_tokens`. Raises UserError when no text is long enough."""
-        return cls(model, tokenize(tokenizer, texts, max_tokens), **others)
+        return cls(unwrap(model), tokenize(tokenizer, texts, max_tokens), **others)
 
     def batches(self, begin: float = 0.0, end: float = 1.0, epoch: int = 0) -> Iterator[Batch]:
         """All samples once, of a diffusion model at progress `begin` to `end` of the trajectory."""

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from skipwise.blocks import Stack
 from skipwise.errors import UserError
-from skipwise.wrapping import class_of
+from skipwise.wrapping import class_of, unwrap
 
 Undo = Callable[[], None]
 KEPT_STATE = ("_running", "_instead")  # what a list remembers for as long as it keeps blocks out
@@ -193,5 +193,5 @@ def places(block: nn.Module, stack: Stack) -> list[tuple[str, int]]:
     """(name, position) of each stream's argument."""
     if isinstance(block, PassThrough):
         return block.places
-    names = list(inspect.signature(class_of(block).forward).parameters)[1:]
+    names = list(inspect.signature(class_of(unwrap(block)).forward).parameters)[1:]
     return [(stream.argument, names.index(stream.argument)) for stream in stack.streams]

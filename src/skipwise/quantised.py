@@ -4,7 +4,7 @@ Of a loaded model the bytes are those of its tensors: packed weights, scales, ze
 the config of a quantised checkpoint, they follow from the method's own layout (`LAYOUTS`).
 """
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from math import ceil
 from typing import Any
 
@@ -57,29 +57,36 @@ def stored_layer(module: Any, dtype: torch.dtype) -> Stored:
     twin = Stored(int(module.in_features), int(module.out_features), bias is not None, device="meta", dtype=dtype)
     if bias is not None:
         twin.bias = hollow(nn.Parameter(bias, False), dtype)
-    twin.stored = sum(map(bytes_of, _stored_tensors(module)))
+    # not by its state_dict: that of bitsandbytes' layers on a CPU changes their scales
+    twin.stored = sum(bytes_of(tensor) for tensor in _held(module) if tensor is not bias)
     return twin
 
 
-def _stored_tensors(module: Any) -> Iterator[Tensor]:
-    """What a quantised layer holds, but for its bias.
+def _held(module: nn.Module) -> list[Tensor]:
+    """The tensors that a layer holds, also those in objects of its own library, such as the scales of its weight."""
+    weight: Any = getattr(module, "weight", None)
+    if callable(weight):  # torch.ao's layers have methods
+        return [weight()]
+    found: dict[Any, Tensor] = {}
+    library = type(module).__module__.partition(".")[0]
 
-    Not by its state_dict: that of a bitsandbytes layer that has run on a CPU unpacks the weight and rounds its scales.
-    """
-    own = {**module._parameters, **module._buffers}
-    if callable(getattr(module, "weight", None)):
-        yield module.weight()
-    yield from (tensor for name, tensor in own.items() if tensor is not None and name != "bias")
-    weight: Any = own.get("weight")
-    state = getattr(weight, "quant_state", None)  # bitsandbytes, 4 bits
-    while state is not None:
-        yield from (state.absmax, state.code)
-        state = getattr(state, "state2", None)
-    scales = getattr(weight, "SCB", None)  # bitsandbytes, 8 bits; moved to the layer's state when it runs
-    scales = getattr(getattr(module, "state", None), "SCB", None) if scales is None else scales
-    if scales is not None:
-        yield scales
-        yield torch.empty(1, dtype=torch.uint8)  # the name of the order
+    def look(value: Any) -> None:
+        if isinstance(value, Tensor) and _place(value) not in found:
+            found[_place(value)] = value
+        elif isinstance(value, nn.Module) or type(value).__module__.partition(".")[0] != library or library == "torch":
+            return
+        for part in getattr(value, "__dict__", {}).values():
+            look(part)
+
+    for value in (*module._parameters.values(), *module._buffers.values(), *vars(module).values()):
+        look(value)
+    return list(found.values())
+
+
+def _place(tensor: Tensor) -> Any:
+    """The same for tensors that are the same memory."""
+    whole = hasattr(tensor, "__tensor_flatten__") or tensor.is_meta
+    return id(tensor) if whole else (tensor.device, tensor.data_ptr())
 
 
 def hollow(parameter: nn.Parameter, dtype: torch.dtype) -> nn.Parameter:
@@ -105,9 +112,9 @@ Layout = Callable[[int, int, Mapping[str, Any]], int]
 def _bitsandbytes(outputs: int, inputs: int, config: Mapping[str, Any]) -> int:
     count = outputs * inputs
     if not (config.get("load_in_4bit") or config.get("_load_in_4bit")):
-        return count + 4 * outputs + 1  # a float32 scale a row, and the name of the order
+        return count + 4 * outputs  # a float32 scale a row
     blocks = ceil(count / 64)
-    scales = blocks + 4 * ceil(blocks / 256) + 4 * 256 if config.get("bnb_4bit_use_double_quant") else 4 * blocks
+    scales = blocks + 4 * ceil(blocks / 256) + 4 * 256 + 4 if config.get("bnb_4bit_use_double_quant") else 4 * blocks
     return ceil(count / 2) + scales + 4 * 16  # the table of the 16 values
 
 

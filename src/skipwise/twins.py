@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from skipwise.quantised import computed_in, hollow, is_quantised, stored_layer
-from skipwise.wrapping import class_of
+from skipwise.wrapping import class_of, unwrap
 
 # what torch, accelerate and diffusers keep of hooks in a module
 _HOOKS = {name for name, value in vars(nn.Module()).items() if "hook" in name and isinstance(value, dict)}
@@ -51,8 +51,11 @@ def _copy(model: nn.Module, memo: dict[int, Any]) -> Any:
     for module in modules:
         cls = class_of(module)
         memo[id(module)] = cls.__new__(cls)
+    for module in modules:  # a compiled or checkpointed part is what is inside
+        memo[id(module)] = memo[id(unwrap(module))]
     for module in modules:
-        _fill(memo[id(module)], module, memo)
+        if unwrap(module) is module:
+            _fill(memo[id(module)], module, memo)
     return memo[id(model)].eval()
 
 

@@ -17,6 +17,7 @@ from skipwise.examples import Size
 from skipwise.models import kind_of
 from skipwise.skipping import whole
 from skipwise.versions import versions
+from skipwise.wrapping import unwrap
 
 PARTS = ("layers", "tokens", "attention", "lens")
 
@@ -56,6 +57,7 @@ def analyze(
     of all. on_progress(done, total) is called after every batch of this process.
     Raises UserError for an empty list of texts and for unknown parts.
     """
+    model = unwrap(model)
     if kind_of(model) == "block diffusion":
         raise UserError(
             f"{type(model).__name__} cannot be analysed: it reads a prompt and writes a canvas by its own sampler."

@@ -26,6 +26,7 @@ from skipwise.models import kind_of
 from skipwise.plan import ModelShape
 from skipwise.skipping import whole
 from skipwise.versions import versions
+from skipwise.wrapping import unwrap
 
 FORMAT = "skipwise-comparison/1"
 
@@ -98,7 +99,7 @@ def compare(
     Raises UserError for models of unequal shape, for ids that one of them does not know, and for an empty list of
     texts.
     """
-    models = (first, second)
+    models = (unwrap(first), unwrap(second))
     samples = tokenize(tokenizer, texts, max_tokens)
     shapes = [find_contract(model).shape for model in models]
     blocks = _equal_shape(models)

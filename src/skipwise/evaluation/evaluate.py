@@ -19,6 +19,7 @@ from skipwise.plan import Plan
 from skipwise.sampling.accounts import Share, account
 from skipwise.sampling.denoiser import denoising
 from skipwise.versions import versions
+from skipwise.wrapping import unwrap
 
 
 def evaluate(
@@ -43,6 +44,7 @@ def evaluate(
     masks, and the bootstrap. others: models that plans name (`skipwise.generate`). on_progress(done, total) counts
     plans x tasks. Raises UserError for an unknown task or a plan of another model.
     """
+    model = unwrap(model)
     if examples is not None and examples < 1:
         raise UserError(f"examples={examples}: at least one example a task is needed.")
     chosen = [

@@ -6,7 +6,6 @@ A run makes these checks before its work, a dry run before its estimate, so that
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import nn
 
 from skipwise.blocks import find_contract
@@ -25,7 +24,7 @@ from skipwise.finetuning.settings import FinetuneSettings
 from skipwise.finetuning.shards import Resident, Shards
 from skipwise.finetuning.subject import Subject
 from skipwise.finetuning.train import TrainingSettings, optimizer_class
-from skipwise.loading import find, load_skeleton
+from skipwise.loading import check_no_single_file, check_plain, find, load_skeleton, read_device
 from skipwise.plan import Plan
 from skipwise.presets import names as preset_names
 
@@ -69,15 +68,7 @@ def check(
 def check_machine(settings: FinetuneSettings, device: str | None = None) -> None:
     """Raise UserError when this machine lacks what the run needs: a package, or the device."""
     optimizer_class(settings)
-    if device is None:
-        return
-    try:
-        kind = torch.device(device).type
-    except RuntimeError as error:
-        raise UserError(f"Unknown device {device!r}; give one such as cpu or cuda.") from error
-    there = torch.accelerator.current_accelerator()
-    if kind not in ("cpu", there.type if there else "cpu"):
-        raise UserError(f"There is no {device} on this machine; leave --device out to train on what there is.")
+    read_device(device)
 
 
 def _examples(
@@ -92,8 +83,9 @@ def _checked_model(name: str, weights: bool) -> tuple[Family, nn.Module]:
     """The family, and the transformer on the meta device."""
     preset = name in preset_names() and not weights
     if not preset:
+        check_no_single_file(name, "fine-tuning")
         check_components(name, weights)
-        _check_quantised(name)
+        check_plain(name, "fine-tuning")
     skeleton = load_skeleton(name)
     family = family_of(skeleton) if preset else load_family(name)
     vae = components(name).get("vae")
@@ -102,16 +94,6 @@ def _checked_model(name: str, weights: bool) -> tuple[Family, nn.Module]:
     if not preset and (weights or any(find(name, weights=False).folder.glob("*.safetensors"))):
         Shards.open(name).check(skeleton)
     return family, skeleton
-
-
-def _check_quantised(name: str) -> None:
-    quantised = find(name, weights=False).config.get("quantization_config")
-    if quantised:
-        method = quantised.get("quant_method", "unknown") if isinstance(quantised, dict) else quantised
-        raise UserError(
-            f"The transformer of {name} is stored quantised ({method}); blocks are trained and streamed from plain "
-            "weights, so give the pipeline in bfloat16, and --memory or --blocks to make it fit."
-        )
 
 
 def _check_guidance(family: Family, transformer: nn.Module, training: TrainingSettings) -> None:

@@ -6,6 +6,7 @@ did not fit.
 
 from skipwise.loading.checks import (
     check_keys,
+    check_no_single_file,
     check_plain,
     check_weights,
     quantisation,
@@ -25,6 +26,7 @@ __all__ = [
     "build_skeleton",
     "chat_prompts",
     "check_keys",
+    "check_no_single_file",
     "check_plain",
     "check_tokenizer",
     "check_weights",

@@ -67,22 +67,27 @@ def check_requantised(config: Mapping[str, Any], name: str, given: dict[str, Any
     return given
 
 
-def check_plain(name: str, what: str) -> None:
-    """Raise UserError when the weights of this name are quantised, or one file without the rest of its pipeline.
-
-    name: as `load` takes it; its config alone is looked at. what: the work that cannot be done with such.
-    """
+def check_no_single_file(name: str, what: str) -> None:
+    """Raise UserError when the name is that of one file of weights. what: the work that cannot be done with it."""
     path = Path(name).expanduser()
     if path.suffix in (".gguf", ".safetensors") and path.is_file():
         raise UserError(
             f"{name} is one file of weights, and {what} needs text encoders and autoencoder beside them; give the "
             "folder of the whole diffusers pipeline, or its hub id."
         )
+
+
+def check_plain(name: str, what: str) -> None:
+    """Raise UserError when the weights of this name are quantised, or one file without the rest of its pipeline.
+
+    name: as `load` takes it; its config alone is looked at. what: the work that cannot be done with such.
+    """
+    check_no_single_file(name, what)
     method = None if name in preset_names() else quantisation(find(name, weights=False).config)
     if method:
         raise UserError(
-            f"{name} is quantised ({method}), and {what} a quantised model is not supported; give the original "
-            "checkpoint in bfloat16 or float32."
+            f"{name} is quantised ({method}), and {what} a quantised model is not supported; give the original in "
+            "bfloat16 or float32, and --memory or --blocks to make it fit."
         )
 
 

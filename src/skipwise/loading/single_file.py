@@ -65,6 +65,8 @@ def single_file_config(source: Source) -> dict[str, Any]:
         config = source.config
         if "_class_name" in config:
             return config
+        if "model_type" in config:
+            raise UserError(f"{source.name} is one file of the model in {source.folder}; give that folder.")
     try:
         kind = infer_diffusers_model_type(shapes)
         if kind == "v1":  # what diffusers takes a file for that it does not know

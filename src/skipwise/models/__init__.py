@@ -13,6 +13,7 @@ from skipwise.models.dream import DreamModel as Dream
 from skipwise.models.llada import LLaDA
 from skipwise.models.mdlm import MDLM
 from skipwise.models.native import MaskedDiffusion, fact
+from skipwise.wrapping import unwrap
 
 __all__ = [
     "MDLM",
@@ -32,6 +33,7 @@ Kind = Literal["masked diffusion", "block diffusion", "autoregressive", "encoder
 
 def kind_of(model: nn.Module) -> Kind:
     """What a model is, as far as analyses and samplers need to know: by what it can do, not by its name."""
+    model = unwrap(model)
     if getattr(model, "is_masked_diffusion", False):
         return "masked diffusion"
     if hasattr(model, "config_name"):  # a diffusers model, without importing diffusers

@@ -23,6 +23,7 @@ from skipwise.sampling.accounts import Share, Shares, shares
 from skipwise.sampling.denoiser import Denoiser, Forward, Running
 from skipwise.sampling.others import load_others
 from skipwise.skipping import skip
+from skipwise.wrapping import class_of, unwrap
 
 COMPONENT = "transformer"  # in the names of the components that denoise: transformer_2, unconditional_transformer
 CALLBACK = "callback_on_step_end"
@@ -116,7 +117,7 @@ class Follower:
 
     def note(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
         """Enter a call of a transformer in the accounts."""
-        given = dict(inspect.signature(type(module).forward).bind(module, *args, **kwargs).arguments)
+        given = dict(inspect.signature(class_of(unwrap(module)).forward).bind(module, *args, **kwargs).arguments)
         given.pop("self", None)
         first = next(value for value in given.values() if isinstance(value, Tensor) and value.ndim)
         if first.is_meta:  # it is being priced
