@@ -11,7 +11,7 @@ from torch import nn
 import skipwise as sw
 from skipwise.blocks import find_contract
 from skipwise.plan import Phase, Plan
-from skipwise.skipping import PassThrough, skip
+from skipwise.skipping import PassThrough, skip, whole
 from tests.deleted import deleted
 from tests.tiny_models import IMAGE, LANGUAGE, REFUSED, ROWS, VIDEO, example, output
 
@@ -129,6 +129,23 @@ def test_nested_plans_add_up(model: nn.Module) -> None:
         with skip(model, static(model, {stack: [2]})):
             assert torch.equal(output(model, inputs), both)
         assert torch.equal(output(model, inputs), outer)
+
+
+def test_plans_put_aside_stay_aside(model: nn.Module) -> None:
+    """`whole` inside of `whole`, and a plan inside of it: each leaves what it found."""
+    inputs = example(model)
+    stack = find_contract(model).main_stack
+    before, expected = snapshot(model), output(model, inputs)
+    with skip(model, static(model, {stack: [1]})):
+        cut = output(model, inputs)
+        with whole(model):
+            with whole(model):
+                assert torch.equal(output(model, inputs), expected)
+            with skip(model, static(model, {stack: [1]})):
+                assert torch.equal(output(model, inputs), cut)
+            assert torch.equal(output(model, inputs), expected)
+        assert torch.equal(output(model, inputs), cut)
+    assert same(snapshot(model), before)
 
 
 def test_all_blocks_skipped(model: nn.Module) -> None:

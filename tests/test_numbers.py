@@ -5,6 +5,7 @@ The oracle is a model in which a bare identity stands in the place of every skip
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import diffusers
@@ -200,6 +201,14 @@ def test_names_and_weights_are_the_whole_models() -> None:
         assert list(model.attn_processors) == processors
 
 
+def test_a_model_is_not_saved_while_blocks_are_out(tmp_path: Path) -> None:
+    model = LANGUAGE["llama"]()
+    with sw.skip(model, [1]), pytest.raises(UserError, match="leave the `with` first"):
+        model.save_pretrained(tmp_path / "saved")
+    assert not (tmp_path / "saved").exists()
+    model.save_pretrained(tmp_path / "saved")
+
+
 def test_layers_skipped_by_number_in_between_are_refused() -> None:
     model = IMAGE["flux"]()
     inputs = example_inputs(model)
@@ -244,6 +253,8 @@ def test_plans_by_number(numbers: Any) -> None:
         (SHAPE, "3,4", "is text"),
         (SHAPE, 3, "whole numbers"),
         (SHAPE, [None], "whole numbers"),
+        (SHAPE, torch.tensor([False, True]), "numbers of those to skip"),
+        (SHAPE, (flag for flag in (True, False)), "numbers of those to skip"),
     ],
 )
 def test_numbers_that_cannot_be(shape: ModelShape, numbers: Any, message: str) -> None:

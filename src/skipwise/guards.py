@@ -90,10 +90,10 @@ def watch(module: nn.Module, around: Around) -> Undo:
     The module's class is replaced by one of the same name, because a hook would not hear of a call that it refuses
     before other hooks do, and would stand in the way of who asks whether there are any.
     """
-    cls = type(module)
+    cls, watching = type(module), [True]
 
     def call(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        after = around(args, kwargs)
+        after = around(args, kwargs) if watching else None
         try:
             return super(watched, self).__call__(*args, **kwargs)
         finally:
@@ -104,6 +104,7 @@ def watch(module: nn.Module, around: Around) -> Undo:
     module.__class__ = watched
 
     def undo() -> None:
+        watching.clear()
         if type(module) is watched:  # something else, such as fully_shard, may have changed it since
             module.__class__ = cls
 

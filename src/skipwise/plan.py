@@ -290,12 +290,13 @@ def _numbers(stack: str, numbers: Any) -> list[int]:
     try:
         if isinstance(numbers, str | bytes):
             raise TypeError(f"{numbers!r} is text")
+        numbers = list(numbers)
         found = [operator.index(number) for number in numbers]
     except TypeError as error:
         raise UserError(
             f"Blocks of {stack} are given as {numbers!r}: {error}; give whole numbers, such as [3, 4], or a Plan."
         ) from error
-    if any(isinstance(number, bool) for number in numbers):
+    if any(isinstance(number, bool) or "bool" in str(getattr(number, "dtype", "")) for number in numbers):
         raise UserError(
             f"Blocks of {stack} are given as {numbers!r}; give the numbers of those to skip, such as [3, 4]."
         )

@@ -87,6 +87,11 @@ class Skipping:
             stand_ins[name] = {block: build(tensors, number, name, block, like) for block in sorted(numbers)}
         return self._outer | Cut(skipped, stand_ins)
 
+    @property
+    def is_on(self) -> bool:
+        """Whether its blocks are out now."""
+        return self._undo is not None
+
     def _restore(self) -> None:
         if self._undo is not None:
             self._undo()
@@ -125,7 +130,7 @@ def skip(
             f"The plan hands steps to another model, {named!r}, which `skip` cannot run; `skipwise.generate` can."
         )
     stack = _active.setdefault(model, [])
-    outer = stack[-1] if stack else None
+    outer = stack[-1] if stack and stack[-1].is_on else None  # one that `whole` has put aside stays aside
     if outer:
         outer._restore()
     try:
@@ -153,13 +158,14 @@ def cut_now(model: nn.Module) -> Cut:
 def whole(model: nn.Module) -> Iterator[None]:
     """The model without the plans that are in force around this; they are back afterwards."""
     stack = _active.get(unwrap(model), [])
-    if stack:
-        stack[-1]._restore()
+    inner = stack[-1] if stack and stack[-1].is_on else None  # inside of another `whole` there is nothing to put aside
+    if inner:
+        inner._restore()
     try:
         yield
     finally:
-        if stack:
-            stack[-1]._resume()
+        if inner:
+            inner._resume()
 
 
 @contextmanager
@@ -199,6 +205,7 @@ def apply(model: nn.Module, contract: Contract, cut: Cut) -> Undo:
                     lists[name] = module_list(model, name)
                     _cut(model, contract.stacks[name], numbers, cut.stand_ins.get(name, {}), undo)
         if lists:
+            undo.append(_unsaveable(model))
             in_place = any(contract.stacks[name].in_place for name in lists)
             undo.append(watch_calls(model, lists, in_place))
             if in_place:
@@ -209,15 +216,36 @@ def apply(model: nn.Module, contract: Contract, cut: Cut) -> Undo:
     return lambda: _leave(model, undo)
 
 
+def _unsaveable(model: nn.Module) -> Undo:
+    """Refuse `save_pretrained` meanwhile: the config is cut and the weights are whole, which go not together."""
+
+    def refuse(*_: Any, **__: Any) -> None:
+        raise UserError(
+            "A plan is in force: a saved config would not fit the saved weights; leave the `with` first, or write the "
+            "smaller model with skipwise.export."
+        )
+
+    model.__dict__["save_pretrained"] = refuse
+    return lambda: model.__dict__.pop("save_pretrained", None)
+
+
 def _leave(model: nn.Module, undo: list[Undo]) -> None:
-    end_cache_dit(model)
-    with cache_off(model):
+    try:
+        with cache_off(model):
+            _put_back(undo)
+    finally:  # whatever other libraries say on leaving, the blocks are back
         _put_back(undo)
+        end_cache_dit(model)
 
 
 def _put_back(undo: list[Undo]) -> None:
-    while undo:
-        undo.pop()()
+    """Undo all, the last first; what goes wrong is told when all else is undone."""
+    try:
+        while undo:
+            undo.pop()()
+    finally:
+        if undo:
+            _put_back(undo)
 
 
 def _cut(
