@@ -83,8 +83,8 @@ def gather() -> None:
     from tests.survey.page import page, versions
 
     found = {
-        library: {name: json.loads((WORK / f"{name}.json").read_text()) for name in names}
-        for library, names in classes().items()
+        group: {name: json.loads((WORK / f"{name}.json").read_text()) for name in names}
+        for group, names in classes().items()
     }
     results = {"versions": versions(), "classes": found}
     write_atomically(RESULTS, json.dumps(results, indent=1) + "\n")

@@ -12,7 +12,15 @@ from transformers.models.auto import modeling_auto
 from tests.survey import shrinking, shrinking_diffusers
 from tests.tiny_models import LANGUAGE
 
-MAPPINGS = ("CAUSAL_LM", "MASKED_LM", "IMAGE_TEXT_TO_TEXT", "SEQ_TO_SEQ_CAUSAL_LM", "TEXT_ENCODING")
+# transformers' own table of what a class is for -> what the page calls it; a class is of the first that has it
+MAPPINGS = {
+    "IMAGE_TEXT_TO_TEXT": "transformers: vision-language models",
+    "SEQ_TO_SEQ_CAUSAL_LM": "transformers: encoder-decoders",
+    "CAUSAL_LM": "transformers: causal language models",
+    "MASKED_LM": "transformers: masked language models",
+    "TEXT_ENCODING": "transformers: text encoders",
+}
+OWN, IMAGES = "skipwise: masked diffusion language models", "diffusers: image, video and audio models"
 NATIVE = {"LLaDAModelLM": "llada", "DreamModel": "dream", "MDLM": "mdlm"}
 # a config of their own, which shrinking by names cannot find
 BY_HAND = {"DiffusionGemmaForBlockDiffusion": "diffusion_gemma"}
@@ -24,12 +32,15 @@ class NotTinyError(Exception):
 
 
 def classes() -> dict[str, list[str]]:
-    """Library -> names of classes, sorted."""
-    text: set[str] = set()
-    for mapping in MAPPINGS:
+    """Group -> names of its classes, sorted."""
+    groups: dict[str, set[str]] = {}
+    for mapping, group in MAPPINGS.items():
+        known = set().union(*groups.values())
+        groups[group] = set()
         for names in getattr(modeling_auto, f"MODEL_FOR_{mapping}_MAPPING_NAMES").values():
-            text |= {names} if isinstance(names, str) else set(names)
-    return {"skipwise": sorted(NATIVE), "transformers": sorted(text), "diffusers": _transformers_of_diffusers()}
+            groups[group] |= ({names} if isinstance(names, str) else set(names)) - known
+    text = {group: sorted(groups[group]) for group in sorted(groups)}
+    return {OWN: sorted(NATIVE), **text, IMAGES: _transformers_of_diffusers()}
 
 
 def _transformers_of_diffusers() -> list[str]:
@@ -40,11 +51,6 @@ def _transformers_of_diffusers() -> list[str]:
         if inspect.isclass(value) and issubclass(value, diffusers.ModelMixin) and ".transformers." in value.__module__:
             found.append(name)
     return sorted(found)
-
-
-def library_of(name: str) -> str:
-    """The library of a class."""
-    return next(library for library, names in classes().items() if name in names)
 
 
 def build(name: str) -> nn.Module:

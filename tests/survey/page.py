@@ -6,7 +6,6 @@ from importlib.metadata import version
 from typing import Any
 
 ASKED = ("skip", "export", "generate", "analyse")
-LIBRARIES = {"skipwise": "skipwise's own", "transformers": "transformers", "diffusers": "diffusers"}
 RIGHT, NOT_ASKED = "right", "n/a"
 LONGEST = 150  # letters of a reason in the table; the JSON has all
 
@@ -16,7 +15,7 @@ Every class of the installed {versions} that is a language model, a text encoder
 transformer, built tiny with random weights and tried. `make models` makes this page anew;
 [results/models.json](results/models.json) has every reason in full.
 
-| library | classes tried | all right | some refused | wrong | could not be built tiny |
+| group | classes tried | all right | some refused | wrong | could not be built tiny |
 | --- | --- | --- | --- | --- | --- |
 {summary}
 
@@ -34,16 +33,17 @@ transformer, built tiny with random weights and tried. `make models` makes this 
 
 def versions() -> dict[str, str]:
     """Of the libraries whose classes are tried."""
-    return {name: version(name) for name in ("torch", "transformers", "diffusers")}
+    return {name: version(name).partition("+")[0] for name in ("torch", "transformers", "diffusers")}
 
 
 def page(results: Mapping[str, Any]) -> str:
     """The page that these results make."""
     said = ", ".join(f"{name} {number}" for name, number in results["versions"].items())
-    summary = "\n".join(_summary(LIBRARIES[name], rows) for name, rows in results["classes"].items())
+    summary = "\n".join(_summary(name, rows) for name, rows in results["classes"].items())
     text = INTRODUCTION.format(versions=said, summary=summary)
-    for library, rows in results["classes"].items():
-        text += f"\n## {LIBRARIES[library]}\n\n| class | kind | {' | '.join(ASKED)} |\n|{' --- |' * (2 + len(ASKED))}\n"
+    head = f"| class | kind | {' | '.join(ASKED)} |\n|{' --- |' * (2 + len(ASKED))}\n"
+    for group, rows in results["classes"].items():
+        text += f"\n## {group[0].upper()}{group[1:]}\n\n{head}"
         text += "".join(f"{_line(name, row)}\n" for name, row in sorted(rows.items()) if "untried" not in row)
         untried = {name: row["untried"] for name, row in sorted(rows.items()) if "untried" in row}
         if untried:
@@ -61,11 +61,11 @@ def verdict(row: Mapping[str, str]) -> str:
     return "right" if all(answer == RIGHT for answer in answers) else "refused"
 
 
-def _summary(library: str, rows: Mapping[str, Any]) -> str:
+def _summary(group: str, rows: Mapping[str, Any]) -> str:
     count = Counter(verdict(row) for row in rows.values())
     tried = len(rows) - count["untried"]
     share = f"{count['right']} ({count['right'] / tried:.0%})" if tried else "0"
-    return f"| {library} | {tried} | {share} | {count['refused']} | {count['wrong']} | {count['untried']} |"
+    return f"| {group} | {tried} | {share} | {count['refused']} | {count['wrong']} | {count['untried']} |"
 
 
 def _line(name: str, row: Mapping[str, str]) -> str:
