@@ -49,10 +49,14 @@ def find_numbering(owner: nn.Module, attribute: str, per_layer: Collection[str])
 
 
 def _names_a_block(owner: nn.Module, attribute: str, name: str) -> bool:
-    """Whether what a forward compares its count with, `self.first_shared`, is the number of a block, or has some."""
+    """Whether what a forward compares its count with, `self.first_shared`, is the number of a block, or has some; or
+    whether what it looks up by its count, `self.kinds[]`, is not the same for all.
+    """
     value: Any = owner
-    for part in name.split(".")[1:]:
+    for part in name.removesuffix("[]").split(".")[1:]:
         value = getattr(value, part, 0)
+    if name.endswith("[]"):
+        return not isinstance(value, list | tuple) or any(entry != value[0] for entry in value)
     values = value if isinstance(value, list | tuple) else [value]
     return any(number in range(len(getattr(owner, attribute))) for number in values)
 
@@ -163,8 +167,8 @@ def _use(
                 return
             if name == attribute and owner == "self":  # the block itself
                 return
-            if isinstance(node, ast.Compare) and owner.startswith("self"):
-                yield frozenset({f"{owner}.{name}"})
+            if owner.startswith("self"):
+                yield frozenset({f"{owner}.{name}" + ("[]" if isinstance(node, ast.Subscript) else "")})
                 return
         if isinstance(node, ast.Call):
             called = ast.unparse(node.func)

@@ -29,6 +29,8 @@ DEPTHS = ("num_hidden_layers", "num_layers", "n_layers", "n_layer")
 # what nothing reads, or what a forward sets: a block's number, the source of a module's own setting, a recurrent state,
 # the first layer that shares keys and values where none does (with shared ones an export is refused before)
 NEVER_READ = {
+    ("LongCatImageTransformer2DModel", "use_checkpoint"),  # true for all, in training
+    ("LongCatImageTransformer2DModel", "use_single_checkpoint"),
     ("ZImageTransformerBlock", "layer_id"),
     ("GPTNeoXJapaneseLayer", "layer_number"),
     ("GPTNeoAttention", "attention_layers"),
