@@ -222,6 +222,9 @@ def _refusal(calls: Sequence[Call], blocks: nn.ModuleList) -> str | None:
         return "none of its modules ran in the example call"
     if order != list(range(len(blocks))):
         return f"its modules ran in the order {order}, not once each from first to last"
+    bare = next((i for i, block in enumerate(blocks) if next(block.parameters(), None) is None), None)
+    if bare is not None:
+        return f"its module {bare} has no parameters: these are parts of a layer, not blocks"
     for call, following in pairwise(calls):
         if any(stream.argument not in calls[0].arguments for stream in _links(call, following)):
             return f"block {following.index} takes its streams otherwise than block 0"

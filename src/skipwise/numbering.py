@@ -20,8 +20,6 @@ from skipwise.wrapping import class_of
 
 Origins = Mapping[str, frozenset[str]]
 OWN = "self."  # what the owner itself holds begins so
-ENTRIES = "[]"  # what a count picks an entry of ends so
-PLAIN = (bool, int, float, str, type(None))
 CONFIG = frozenset({"config's lists"})  # the counter picks from these, and from nothing else
 
 
@@ -52,13 +50,13 @@ def find_numbering(owner: nn.Module, attribute: str, per_layer: Collection[str])
 
 def _names_a_block(owner: nn.Module, attribute: str, name: str) -> bool:
     """Whether what a forward compares its count with, `self.first_shared`, is the number of a block, or has some; or
-    whether the entries of what it looks its count up in, `self.scales[]`, differ.
+    whether what it looks up by its count, `self.kinds[]`, is not the same for all.
     """
     value: Any = owner
-    for part in name.removesuffix(ENTRIES).split(".")[1:]:
+    for part in name.removesuffix("[]").split(".")[1:]:
         value = getattr(value, part, 0)
-    if name.endswith(ENTRIES):  # the count picks an entry: with all of them equal it is no matter which
-        return not (isinstance(value, list | tuple) and all(type(v) in PLAIN and v == value[0] for v in value))
+    if name.endswith("[]"):
+        return not isinstance(value, list | tuple) or any(entry != value[0] for entry in value)
     values = value if isinstance(value, list | tuple) else [value]
     return any(number in range(len(getattr(owner, attribute))) for number in values)
 
@@ -170,7 +168,7 @@ def _use(
             if name == attribute and owner == "self":  # the block itself
                 return
             if owner.startswith("self"):
-                yield frozenset({f"{owner}.{name}" if isinstance(node, ast.Compare) else f"{owner}.{name}{ENTRIES}"})
+                yield frozenset({f"{owner}.{name}" + ("[]" if isinstance(node, ast.Subscript) else "")})
                 return
         if isinstance(node, ast.Call):
             called = ast.unparse(node.func)
