@@ -185,7 +185,7 @@ def _rope_on_top(config: Config) -> Config:
     if not main or "rope_theta" not in main:
         return {}
     more: Config = {"rope_theta": main["rope_theta"]}
-    if sliding and sliding != main:
+    if sliding and "sliding_attention" in ropes:  # also where both are equal: engines have a default of their own
         more["rope_local_base_freq"] = sliding["rope_theta"]
     if main.get("rope_type", "default") != "default":
         more["rope_scaling"] = {key: value for key, value in main.items() if key != "rope_theta"}
