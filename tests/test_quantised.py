@@ -227,6 +227,5 @@ def test_fine_tuning_refuses_it_before_anything_is_priced(
     runs = (["--dry-run"], ["--images", tmp_path / "dog", "--prompt", "a sks dog", "-o", tmp_path / "out"])
     errors = [skipwise("finetune", tmp_path / "flux", "--resolution", 32, *more) for more in runs]
     assert errors[0][0] == 2
-    assert "bitsandbytes" in errors[0][2]
-    assert "from plain weights" in errors[0][2]
+    assert "is quantised (bitsandbytes, 4 bits), and fine-tuning a quantised model is not supported" in errors[0][2]
     assert not (tmp_path / "out").exists()
