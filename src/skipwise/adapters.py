@@ -120,7 +120,7 @@ def merged(model: nn.Module, folder: Path | None) -> Iterator[None]:
     if folder is None or _is_skeleton(model):
         yield
         return
-    check_plain(model)
+    check_mergeable(model)
     tensors = dict(_named_tensors(model))
     changes = [
         _Change.to(model, name, tensor)
@@ -177,7 +177,7 @@ def _is_skeleton(model: nn.Module) -> bool:
     return all(p.is_meta for p in model.parameters()) and not any(hasattr(m, "_hf_hook") for m in model.modules())
 
 
-def check_plain(model: nn.Module) -> None:
+def check_mergeable(model: nn.Module) -> None:
     """Raise UserError for parameters that are not plain tensors in floating point: no adapter is merged exactly into
     quantised ones, and a new tensor in the place of a sharded one has no effect.
     """

@@ -225,12 +225,14 @@ def _refusal(calls: Sequence[Call], blocks: nn.ModuleList) -> str | None:
     bare = next((i for i, block in enumerate(blocks) if next(block.parameters(), None) is None), None)
     if bare is not None:
         return f"its module {bare} has no parameters: these are parts of a layer, not blocks"
+    first = _links(calls[0], calls[1])
     for call, following in pairwise(calls):
-        if any(stream.argument not in calls[0].arguments for stream in _links(call, following)):
+        links = _links(call, following)
+        if any(stream.argument not in calls[0].arguments for stream in links):
             return f"block {following.index} takes its streams otherwise than block 0"
-        if not _links(call, following):
+        if not links:
             return f"no output of block {call.index} reaches block {following.index} unchanged"
-        if _links(call, following) != _links(calls[0], calls[1]):
+        if links != first:
             return f"block {following.index} takes its streams otherwise than block 1"
     return _change_of_shape(calls) or _long_skip(calls)
 

@@ -48,14 +48,14 @@ def twin(model: nn.Module) -> Any:
 def _copy(model: nn.Module, memo: dict[int, Any]) -> Any:
     """The model with what `memo` has instead of its parameters, buffers and some of its modules, by their ids."""
     modules = [module for module in model.modules() if id(module) not in memo]
-    for module in modules:
+    inside = [unwrap(module) for module in modules]  # a compiled or checkpointed part is what is inside
+    plain = [module for module, inner in zip(modules, inside, strict=True) if inner is module]
+    for module in plain:
         cls = class_of(module)
         memo[id(module)] = cls.__new__(cls)
-    for module in modules:  # a compiled or checkpointed part is what is inside
-        memo[id(module)] = memo[id(unwrap(module))]
-    for module in modules:
-        if unwrap(module) is module:
-            _fill(memo[id(module)], module, memo)
+    memo |= {id(module): memo[id(inner)] for module, inner in zip(modules, inside, strict=True)}
+    for module in plain:
+        _fill(memo[id(module)], module, memo)
     return memo[id(model)].eval()
 
 

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from skipwise.adapters import check_plain
+from skipwise.adapters import check_mergeable
 from skipwise.blocks import find_contract, module_list
 from skipwise.calibration import Batch, Calibration, divergence
 from skipwise.checkpoints import Checkpoint
@@ -66,7 +66,7 @@ def heal(
     """
     require("peft", "heal")
     settings = settings or HealSettings()
-    check_plain(calibration.model)  # what is trained here is merged later
+    check_mergeable(calibration.model)  # what is trained here is merged later
     plan.check_model(find_contract(calibration.model).shape)
     if plan.adapter is not None:
         raise UserError("The plan has an adapter already; heal the plan that it was made from.")
