@@ -9,7 +9,6 @@ the file's name when the store is opened. So no flipped byte gets into a trainin
 import hashlib
 import json
 import os
-import tempfile
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property
@@ -22,7 +21,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from skipwise.errors import UserError
-from skipwise.files import check_writable, write_atomically
+from skipwise.files import check_writable, partial_file, remove_partials, write_atomically
 from skipwise.finetuning.draws import Draw
 from skipwise.finetuning.hollow import Record, Streams
 
@@ -30,7 +29,6 @@ FORMAT = "skipwise-residuals/1"
 SHARD = 512 << 20  # bytes of records in one file
 DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
 NEEDED = ("base", "runs", "dtype")
-PARTIAL = ".partial-"
 
 
 @dataclass(frozen=True)
@@ -111,8 +109,7 @@ class ResidualStore:
         else:
             content = {"format": FORMAT, "settings": _as_json(settings)}
             write_atomically(folder / "store.json", json.dumps(content, indent=2) + "\n")
-        for left in folder.glob(f"{PARTIAL}*"):  # of a process that was killed while it wrote
-            left.unlink()
+        remove_partials(folder)
         return cls(folder, settings, shard_bytes)
 
     @classmethod
@@ -200,15 +197,13 @@ class ResidualStore:
         self._add(self._save(tensors, {"records": json.dumps(described)}))
 
     def _save(self, tensors: dict[str, Tensor], metadata: dict[str, str]) -> Path:
-        descriptor, name = tempfile.mkstemp(dir=self.folder, prefix=PARTIAL)
-        os.close(descriptor)
         try:
-            save_file(tensors, name, metadata)
-            os.chmod(name, 0o644)
-            path = self.folder / f"records-{self._shards:05d}-{_header(Path(name))[0]}.safetensors"
-            os.replace(name, path)
+            with partial_file(self.folder) as partial:
+                save_file(tensors, partial, metadata)
+                partial.chmod(0o644)
+                path = self.folder / f"records-{self._shards:05d}-{_header(partial)[0]}.safetensors"
+                os.replace(partial, path)
         except (OSError, SafetensorError) as error:
-            Path(name).unlink(missing_ok=True)
             raise UserError(
                 f"Cannot write in {self.folder}: {error}. What is there stays; free some space and run it again."
             ) from error

@@ -9,7 +9,9 @@ from torch import Tensor
 
 from skipwise.errors import UserError, unknown
 from skipwise.sampling.denoiser import Step
+from skipwise.typed import check_types
 
+LONGEST = 2**20  # tokens: no model has learnt so many positions
 LOOKS = 8  # steps between two looks for ended rows where a look makes the host wait
 
 
@@ -42,10 +44,13 @@ class Settings:
         return cls(**given)
 
     def __post_init__(self) -> None:
+        check_types(self)
         if self.compat not in (None, self.family):
             raise UserError(f"compat={self.compat!r} is unknown; use {self.family!r} or leave it out.")
         if self.gen_length < 0:
             raise UserError(f"gen_length={self.gen_length} is negative; 0 fills the masks of the prompt alone.")
+        if self.gen_length > LONGEST:
+            raise UserError(f"gen_length={self.gen_length} is more than a canvas holds; give at most {LONGEST}.")
         if self.steps is not None and self.steps < 1:
             raise UserError(f"steps={self.steps}; at least one denoising step is needed.")
 

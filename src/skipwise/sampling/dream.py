@@ -162,7 +162,7 @@ class _Plain:
     """Our commits: per row, in float32, with noise that does not depend on a row's neighbours."""
 
     def __init__(self, settings: DreamSettings, canvas: Canvas, steps: int, denoiser: Denoiser):
-        self.settings, self.canvas, self.steps = settings, canvas, steps
+        self.settings, self.canvas, self.steps, self.denoiser = settings, canvas, steps, denoiser
         self.penalty = _Penalty(settings, steps, denoiser)
         self.last = held_back(denoiser) if settings.confidence_eos_eot_inf else []
         self.noise = Noise(settings.seed, canvas)
@@ -224,6 +224,7 @@ class _Plain:
     ) -> None:
         """Commit what is predicted at `where`, rows and positions (n,) of the part."""
         found = prediction.read(self._reader(i, part, where, prediction.vocabulary))
+        self.denoiser.watch.add(found[-1])
         if self.settings.alg == "origin":
             part.sequences[where] = found[0]
         else:

@@ -158,6 +158,8 @@ def _continue(
         raise UserError(
             "A plan with several phases needs denoising steps; an autoregressive model takes a static plan."
         )
+    if gen_length < 1:
+        raise UserError(f"gen_length={gen_length}: {type(model).__name__} writes at least 1 token behind the prompt.")
     prices = price_blocks(model, Size(tokens=input_ids.shape[1] + gen_length))
     with skip(model, plan) if plan else nullcontext():
         began = time.perf_counter()

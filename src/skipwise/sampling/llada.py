@@ -182,10 +182,13 @@ class _Plain:
         self._begin(window)
         while True:
             masked = self.canvas.masked
+            finite = self.denoiser.watch.fine(masked.device).expand(len(masked))
             counts = torch.stack(
-                [masked[:, window].sum(1), masked.sum(1), self.canvas.ended(self.settings.eos_token_id)]
+                [masked[:, window].sum(1), masked.sum(1), self.canvas.ended(self.settings.eos_token_id), finite]
             )
-            left, self.left, ended = counts.tolist()
+            left, self.left, ended, fine = counts.tolist()
+            if not all(fine):  # what is not finite would never be committed
+                raise self.denoiser.fault()
             if all(ended) or (self.denoiser.timeless and not self.denoiser.fixed_rows):
                 self.rows = [row for row in self.rows if not ended[row]]
             rows = [row for row in self.rows if left[row] or self.denoiser.fixed_rows]
@@ -212,6 +215,7 @@ class _Plain:
             self.windows.keep(part.rows, masks)
         prediction = self._predict(step, part, (where[0], where[1] + window.start))
         found = prediction.read(self._reader(part, window, where, prediction.vocabulary))
+        self.denoiser.watch.add(found[-1])
         chosen = view.index_put(where, found[0])
         confidence = torch.full_like(view, -torch.inf, dtype=torch.float32)
         confidence[where] = found[1] if len(found) > 1 else self._uniform(part, window)[where]
@@ -258,6 +262,8 @@ class _Plain:
             if self.never is not None:
                 logits[:, self.never] = -torch.inf
             noisy = logits if feed is None else gumbel(logits, feed.take(len(logits)), settings.temperature)
+            if feed is not None:  # 0 / 0 of a token that cannot be, under noise that is out of range
+                noisy = noisy.nan_to_num_(0.0, torch.inf)
             chosen = largest(noisy)
             if settings.remasking == "random":
                 return (chosen,)

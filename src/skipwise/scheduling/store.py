@@ -12,6 +12,7 @@ from typing import IO, Any, Self
 
 from skipwise.errors import UserError
 from skipwise.files import check_writable, write_atomically
+from skipwise.identity import flat
 from skipwise.scheduling.trials import Outcome, Trial, Work
 from skipwise.versions import versions
 
@@ -76,7 +77,7 @@ class Store:
             raise UserError(f"{path} cannot be read: {error}. Choose another folder.") from error
         if not isinstance(found, dict) or found.get("format") != FORMAT:
             raise UserError(f"{path} is not a {FORMAT} file. Choose another folder.")
-        before, now = _flat(found["identity"]), _flat(self.identity)
+        before, now = flat(found["identity"]), flat(self.identity)
         for what in sorted({*before, *now}):
             if before.get(what) != now.get(what):
                 raise UserError(
@@ -116,14 +117,6 @@ def _locked(folder: Path) -> IO[bytes]:
             f"Another search is running in {folder}; wait for its end, or choose another folder."
         ) from error
     return file
-
-
-def _flat(content: Any, prefix: str = "") -> dict[str, Any]:
-    """`{"tasks": {"sort": {"seed": 0}}}` -> `{"tasks.sort.seed": 0}`."""
-    if not isinstance(content, dict):
-        return {prefix: content}
-    parts = (_flat(value, f"{prefix}.{key}" if prefix else key) for key, value in content.items())
-    return {key: value for part in parts for key, value in part.items()}
 
 
 def _short(value: Any) -> str:
