@@ -20,10 +20,10 @@ from torch import Tensor, nn
 from skipwise.analysis.record import Analysis
 from skipwise.blocks import Contract, bind, find_contract, module_list
 from skipwise.calibration import Batch, Calibration, Harm, by_divergence
+from skipwise.cuts import Cut, cutting
 from skipwise.errors import UserError
 from skipwise.finite import not_finite
 from skipwise.planners.base import Allowance, Choice, planner
-from skipwise.skipping import Cut, cutting
 from skipwise.stand_ins import Stored
 
 

@@ -9,6 +9,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
+from skipwise.cuts import Cut
 from skipwise.errors import UserError
 from skipwise.finite import Watch, not_finite
 from skipwise.models import fact, head_of, mask_token
@@ -22,7 +23,7 @@ from skipwise.sampling.cache import Windows
 from skipwise.sampling.compiling import Compiled
 from skipwise.sampling.others import load_others
 from skipwise.sampling.prediction import Prediction
-from skipwise.skipping import Cut, Skipping, cut_now, skip
+from skipwise.skipping import Skipping, cut_now, skip
 
 
 @dataclass(frozen=True)

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from skipwise.cost import Prices, price_blocks
+from skipwise.cuts import Cut
 from skipwise.errors import UserError, unknown
 from skipwise.examples import Size
 from skipwise.models import end_of_text, fact, kind_of
@@ -21,7 +22,7 @@ from skipwise.sampling.canvas import Settings
 from skipwise.sampling.denoiser import Denoiser, Step, denoising
 from skipwise.sampling.inputs import Ids, read_prompts
 from skipwise.sampling.threads import worthwhile_threads
-from skipwise.skipping import Cut, cut_now, skip
+from skipwise.skipping import cut_now, skip
 from skipwise.wrapping import unwrap
 
 
