@@ -205,11 +205,24 @@ def transfer_quotas(masked: Tensor, steps: int) -> Tensor:
     return base[:, None] + (torch.arange(steps, device=masked.device) < extra[:, None])
 
 
-def commit_top(sequences: Tensor, chosen: Tensor, confidence: Tensor, quota: Sequence[int]) -> None:
-    """Write, in place, the `quota` (batch,) most confident of `chosen` into sequences; all (batch, length).
+def most_confident(confidence: Tensor, counts: Tensor) -> Tensor:
+    """bool, as confidence (batch, length): the `counts` (batch,) largest of each row; of equal ones, the first.
 
-    Ties are decided by a top-k of `quota` over the whole row, as in the official code.
+    So a row chooses the same alone and in a batch, however much it is padded there.
     """
+    order = confidence.argsort(dim=1, descending=True, stable=True)
+    chosen = torch.arange(confidence.shape[1], device=confidence.device) < counts[:, None]
+    return torch.zeros_like(chosen).scatter_(1, order, chosen)
+
+
+def commit_top(sequences: Tensor, chosen: Tensor, confidence: Tensor, quota: Sequence[int]) -> None:
+    """Write, in place, the `quota` (batch,) most confident of `chosen` into sequences; all (batch, length)."""
+    best = most_confident(confidence, on_device(quota, confidence.device))
+    sequences.copy_(chosen.where(best, sequences))
+
+
+def commit_top_officially(sequences: Tensor, chosen: Tensor, confidence: Tensor, quota: Sequence[int]) -> None:
+    """`commit_top` with ties decided by a top-k of `quota` over the whole row, as in the official code."""
     if len(set(quota)) == 1:
         positions = confidence.topk(quota[0]).indices
         sequences.scatter_(1, positions, chosen.gather(1, positions))

@@ -16,7 +16,18 @@ from torch import Tensor
 from skipwise.errors import UserError
 from skipwise.models import end_of_text
 from skipwise.sampling.cache import Kind, Masks, Windows, check_cache, check_cacheable
-from skipwise.sampling.canvas import Canvas, Part, Settings, commit_above, commit_top, on_device, places, quota_of
+from skipwise.sampling.canvas import (
+    Canvas,
+    Part,
+    Settings,
+    commit_above,
+    commit_top,
+    commit_top_officially,
+    most_confident,
+    on_device,
+    places,
+    quota_of,
+)
 from skipwise.sampling.denoiser import Denoiser, Step
 from skipwise.sampling.noise import Noise
 from skipwise.sampling.prediction import Prediction, Reader, largest, probabilities_of
@@ -236,7 +247,7 @@ class _Plain:
         most = min(max([focus, *(quota or [])]), max(left))
         last = part.of(self.confidence)[:, : window.stop].where(masked, -torch.inf)
         last[:, : window.start] = -torch.inf
-        best = torch.zeros_like(masked).scatter_(1, last.topk(most).indices, True)
+        best = most_confident(last, last.new_full((len(last),), most))
         return Masks(masked, left, masked & best, [min(count, most) for count in left])
 
     def _predict(self, step: Step, part: Part, where: tuple[Tensor, Tensor]) -> Prediction:
@@ -306,7 +317,9 @@ class _Official:
             chosen, confidence = self._choose(logits)
             confidence[:, window.stop :] = -torch.inf
             confidence = confidence.where(self.canvas.masked, -torch.inf)
-            commit_top(self.canvas.sequences, chosen, confidence, [quota_of(count, steps, i) for count in masks])
+            commit_top_officially(
+                self.canvas.sequences, chosen, confidence, [quota_of(count, steps, i) for count in masks]
+            )
 
     def _logits(self, step: Step) -> Tensor:
         canvas, scale = self.canvas, self.settings.cfg_scale
