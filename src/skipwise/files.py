@@ -12,6 +12,7 @@ import shutil
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from importlib.resources.abc import Traversable
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -184,8 +185,18 @@ def read_model(kind: type[Model], path: str | Path, form: str, command: str) -> 
 
 def parse_model(kind: type[Model], path: str | Path) -> Model:
     """The object in a JSON file. Raises OSError or ValueError, of which `reason_of` makes words, for anything else."""
+    return kind.model_validate(read_json(path))
+
+
+def read_json(path: str | Path | Traversable) -> Any:
+    """What a JSON file holds. Raises OSError or ValueError, and nothing else, for a file that cannot be read."""
+    return parse_json((Path(path) if isinstance(path, str) else path).read_text(encoding="utf-8"))
+
+
+def parse_json(text: str | bytes) -> Any:
+    """The value in a text. Raises ValueError, and nothing else, for one that holds none."""
     try:
-        return kind.model_validate(json.loads(Path(path).read_text(encoding="utf-8")))
+        return json.loads(text)
     except RecursionError as error:
         raise ValueError("it is nested too deeply") from error
 

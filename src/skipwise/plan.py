@@ -5,7 +5,6 @@ for by architecture, stack lengths and width, so that it can be checked before i
 """
 
 import hashlib
-import json
 import operator
 import shutil
 from collections.abc import Callable, Mapping, Sequence
@@ -21,6 +20,7 @@ from torch import Tensor
 
 from skipwise.companions import Beside, find_companion, write_together
 from skipwise.errors import UserError, unknown
+from skipwise.files import read_json
 
 FORMAT = "skipwise-plan/1"
 STAND_INS, ADAPTER = ".stand-ins.safetensors", ".adapter"  # behind the name of the plan's file
@@ -257,10 +257,10 @@ class Plan(_Frozen):
     def load(cls, path: str | Path) -> "Plan":
         """Read a plan. Raises UserError, in one line, for a file that is missing, unreadable or not a plan."""
         try:
-            content = json.loads(Path(path).read_text(encoding="utf-8"))
+            content = read_json(path)
         except FileNotFoundError as error:
             raise UserError(f"There is no plan at {path}. Make one with `skipwise plan`.") from error
-        except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+        except (OSError, ValueError) as error:
             raise UserError(f"{path} cannot be read as a plan: {error}. Make one with `skipwise plan`.") from error
         if not isinstance(content, dict) or content.get("format") != FORMAT:
             found = content.get("format") if isinstance(content, dict) else type(content).__name__

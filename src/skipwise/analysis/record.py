@@ -123,6 +123,7 @@ class Record(BaseModel):
         return {name: getattr(self, name) for name in type(self).model_fields if name not in Record.model_fields}
 
 
+_BY_BLOCK = ("block_flops", "similarity", "similarity_without_outliers", "cka")  # what planners and figures count on
 Kind = TypeVar("Kind", bound=Record)
 
 
@@ -176,8 +177,13 @@ def _sum_of(path: Path) -> str | None:
 
 
 def _check_stacks(folder: str | Path, model: ModelShape, tensors: Mapping[str, Tensor]) -> None:
-    """Raise UserError for statistics of a stack that the model does not have."""
-    for key in tensors:
+    """Raise UserError for statistics of other stacks, or of stacks of another length, than the model's."""
+    for key, tensor in tensors.items():
         stack, _, name = key.rpartition("/")
-        if stack not in model.stacks:
-            raise UserError(f"{folder} has {name} of {stack!r}, a stack that {model.architecture} does not have.")
+        length = model.stacks.get(stack)
+        shape = {"block_flops": lambda n: (n,)}.get(name, lambda n: (n + 1, n + 1))
+        if length is None or (name in _BY_BLOCK and tensor.shape != shape(length)):
+            raise UserError(
+                f"{folder} has {name} {tuple(tensor.shape)} of {stack!r}, and {model.architecture} has {model.stacks}; "
+                "make it anew with `skipwise analyze`."
+            )

@@ -10,6 +10,7 @@ from yaml import YAMLError
 
 from skipwise.exporting.config import Config, kept_of
 from skipwise.exporting.engines import ENGINES, title, verdict
+from skipwise.files import read_json
 from skipwise.loading import NATIVE, Source
 from skipwise.plan import Plan
 
@@ -113,7 +114,7 @@ def _pipeline(source: Source) -> str | None:
     root = pipeline_root(source)
     if root is None:
         return None
-    return json.loads((root / "model_index.json").read_text(encoding="utf-8")).get("_class_name", "DiffusionPipeline")
+    return read_json(root / "model_index.json").get("_class_name", "DiffusionPipeline")
 
 
 def _what_is_skipped(plan: Plan) -> str:

@@ -12,7 +12,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from skipwise.errors import UserError
-from skipwise.files import write_atomically
+from skipwise.files import read_json, write_atomically
 
 # what transformers and diffusers call the weights: NAME.safetensors, or shards listed in NAME.safetensors.index.json
 STEMS = ("model", "diffusion_pytorch_model")
@@ -74,7 +74,7 @@ def read_checkpoint(folder: Path, name: str) -> Checkpoint:
 
 def _read_index(path: Path) -> dict[str, Any]:
     try:
-        index = json.loads(path.read_text(encoding="utf-8"))
+        index = read_json(path)
         return {"weight_map": dict(index["weight_map"]), "metadata": dict(index.get("metadata") or {})}
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise UserError(f"{path} cannot be read as an index of shards: {error!r}; download it again.") from error

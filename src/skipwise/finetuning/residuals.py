@@ -21,7 +21,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from skipwise.errors import UserError
-from skipwise.files import check_writable, partial_file, remove_partials, write_atomically
+from skipwise.files import check_writable, partial_file, read_json, remove_partials, write_atomically
 from skipwise.finetuning.draws import Draw
 from skipwise.finetuning.hollow import Record, Streams
 
@@ -102,6 +102,7 @@ class ResidualStore:
         """
         folder = check_writable(folder)
         _check_settings(settings)
+        remove_partials(folder)
         if (folder / "store.json").exists():
             _check_same(folder, settings)
         elif any(folder.iterdir()):
@@ -109,7 +110,6 @@ class ResidualStore:
         else:
             content = {"format": FORMAT, "settings": _as_json(settings)}
             write_atomically(folder / "store.json", json.dumps(content, indent=2) + "\n")
-        remove_partials(folder)
         return cls(folder, settings, shard_bytes)
 
     @classmethod
@@ -291,7 +291,7 @@ def _check_same(folder: Path, settings: Mapping[str, Any]) -> None:
     """Raise UserError unless the folder's store was made with these settings."""
     path = folder / "store.json"
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = read_json(path)
     except FileNotFoundError as error:
         raise UserError(f"There is no residual store in {folder}; make one first.") from error
     except (OSError, ValueError) as error:

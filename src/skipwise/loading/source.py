@@ -1,6 +1,5 @@
 """Where a model is, by the name that a user gives: embedded, a folder, a hub id or a GGUF file."""
 
-import json
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -13,7 +12,7 @@ from huggingface_hub import hf_hub_download, snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OfflineModeIsEnabled
 
 from skipwise.errors import UserError, require, unknown
-from skipwise.files import user_cache
+from skipwise.files import read_json, user_cache
 from skipwise.presets import names as preset_names
 
 # Models that `make` targets fetch into the user's cache: name -> target
@@ -42,7 +41,7 @@ class Source:
         """The folder's config.json."""
         path = self.folder / "config.json"
         try:
-            config = json.loads(path.read_text(encoding="utf-8"))
+            config = read_json(path)
         except FileNotFoundError as error:
             raise UserError(f"{self.folder} has no config.json; give the folder of a saved model.") from error
         except (OSError, ValueError) as error:

@@ -53,6 +53,8 @@ class Settings:
             raise UserError(f"gen_length={self.gen_length} is more than a canvas holds; give at most {LONGEST}.")
         if self.steps is not None and self.steps < 1:
             raise UserError(f"steps={self.steps}; at least one denoising step is needed.")
+        if self.steps is not None and self.steps > LONGEST:
+            raise UserError(f"steps={self.steps} are more than a text has tokens; give at most {LONGEST}.")
 
     def one_of(self, name: str, legal: tuple[str, ...]) -> None:
         """Raise UserError when the setting `name` is none of `legal`."""

@@ -2,7 +2,8 @@
 
 Source: Ye et al., "Dream 7B" (arXiv 2508.15487) and the official `diffusion_generate`. The default gives every row its
 own even quotas and does not run a step that commits nothing; `compat="dream"` repeats the official schedule, whose
-quota is the batch's mean rounded down, and its random numbers. The shift by one position is the model's business.
+quota is the batch's mean rounded down, and its random numbers. The shift by one position is the model's business; a
+mask right behind left padding is predicted from its own state, where the official code reads the padding's.
 """
 
 from collections.abc import Callable, Sequence
@@ -308,7 +309,8 @@ class _Official:
         if count > 0:
             ranked = torch.full_like(sequences, -torch.inf, dtype=logits.dtype)
             ranked[masked] = confidence
-            candidates = sequences.clone()
+            # what is drawn beside the masks, as it may be, becomes a mask again
+            candidates = torch.full_like(sequences, self.canvas.mask)
             candidates[masked] = found
             positions = self._positions(ranked, count)
             sequences.scatter_(1, positions, candidates.gather(1, positions))
@@ -322,7 +324,8 @@ class _Official:
     def _sample(self, logits: Tensor) -> tuple[Tensor, Tensor]:
         """(confidence, token) of logits (positions, vocabulary)."""
         probabilities = filtered(logits, self.settings).softmax(-1)
-        if self.settings.temperature > 0:
+        hot = self.settings.temperature > 0 and not bool(probabilities.isnan().any())  # greedy where nothing is drawn
+        if hot and len(probabilities):
             chosen = torch.multinomial(probabilities, 1, replacement=True, generator=self.generator)[:, 0]
         else:
             chosen = largest(probabilities)

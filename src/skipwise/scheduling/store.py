@@ -11,7 +11,7 @@ from types import TracebackType
 from typing import IO, Any, Self
 
 from skipwise.errors import UserError
-from skipwise.files import check_writable, write_atomically
+from skipwise.files import check_writable, parse_json, read_json, write_atomically
 from skipwise.identity import flat
 from skipwise.scheduling.trials import Outcome, Trial, Work
 from skipwise.versions import versions
@@ -72,7 +72,7 @@ class Store:
             write_atomically(path, json.dumps(content, indent=1) + "\n")
             return
         try:
-            found = json.loads(path.read_text(encoding="utf-8"))
+            found = read_json(path)
         except (OSError, ValueError) as error:
             raise UserError(f"{path} cannot be read: {error}. Choose another folder.") from error
         if not isinstance(found, dict) or found.get("format") != FORMAT:
@@ -94,7 +94,7 @@ class Store:
             try:
                 if not line.endswith(b"\n"):
                     raise ValueError("cut short")
-                row = json.loads(line)
+                row = parse_json(line)
                 known[row["key"]] = Outcome.from_json(row["outcome"])
             except (ValueError, KeyError, TypeError) as error:
                 if number < len(lines):
