@@ -39,14 +39,14 @@ class Skipping:
     def at(self, progress: float) -> None:
         """Skip what the plan skips at `progress` through the trajectory (0 = all noise, 1 = done).
 
-        While the plan is put aside that is remembered for later. Raises UserError inside of another plan.
+        Inside of `whole` that is remembered for later. Raises UserError while a plan inside of this one is in force.
         """
         wanted = self._cuts[self.plan.phase_number(progress)]
+        if _active[self._model][-1] is not self:
+            raise UserError("A plan inside of this one is in force on the model; leave it before the next phase.")
         if self._is_aside:
             self.cut = wanted
         elif self._undo is None or wanted != self.cut:
-            if _active[self._model][-1] is not self:
-                raise UserError("A plan inside of this one is in force on the model; leave it before the next phase.")
             check_caches(self._model, self.plan.is_static)
             self._restore()
             self._undo = apply(self._model, self._contract, wanted)

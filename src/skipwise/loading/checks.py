@@ -35,9 +35,7 @@ def readable_errors(source: Source) -> Iterator[None]:
         raise
     except Exception as error:
         method = _quantised_source(source)
-        if not method and not isinstance(
-            error, OSError | KeyError | ValueError | TypeError | RuntimeError | ImportError | StrictDataclassError
-        ):
+        if not method and not isinstance(error, TOLD):
             raise
         reason = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
         if isinstance(error, ImportError) and error.name and "pip install" not in reason:
@@ -56,6 +54,11 @@ def quantisation(config: Mapping[str, Any]) -> str | None:
     return f"{said.get('quant_method', 'of an unknown kind')}{f', {bits} bits' if bits else ''}"
 
 
+# what libraries raise for a config that cannot be
+TOLD = (
+    *(OSError, LookupError, ValueError, TypeError, RuntimeError, ImportError, StrictDataclassError),
+    *(ArithmeticError, AssertionError, AttributeError),
+)
 # settings of which each unit is a module that is built
 _COUNTS = ("num_hidden_layers", "num_layers", "n_layers", "n_layer", "n_blocks", "depth", "num_experts")
 _A_TENSOR = 100  # more units than this for each tensor of the files are no model's, whatever it shares
