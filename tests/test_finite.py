@@ -99,7 +99,7 @@ def test_an_analysis_of_nan_is_refused(tmp_path: Path) -> None:
     facts = (folder / "analysis.json").read_text()
     total = facts.split('"sum": "')[1].split('"')[0]
     save_file(tensors, path, {"sum": total})
-    with pytest.raises(UserError, match="not finite, in model.layers/similarity"):
+    with pytest.raises(UserError, match=r"not finite, in model\.layers/similarity"):
         sw.Analysis.load(folder)
     save_file(tensors, path)
     with pytest.raises(UserError, match=r"is not what analysis\.json was written with"):

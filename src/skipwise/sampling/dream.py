@@ -319,6 +319,11 @@ class _Official:
         if self.settings.alg_temp == 0:
             return ranked.topk(count).indices
         weights = (ranked / self.settings.alg_temp).softmax(-1)
+        if bool(weights.isnan().any()):
+            raise UserError(
+                f"alg_temp={self.settings.alg_temp:g} is too small for {ranked.dtype}, in which the official code would "
+                "end in an error; choose a larger one, 0, or a model in float32."
+            )
         return torch.multinomial(weights, count, generator=self.generator)
 
     def _sample(self, logits: Tensor) -> tuple[Tensor, Tensor]:
