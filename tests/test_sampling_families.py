@@ -68,7 +68,7 @@ def test_odd_settings_are_as_in_the_official_loop(dtype: torch.dtype, alg: Any) 
             try:
                 expected = official.dream(model, prompt, torch.ones_like(prompt), settings)
             except RuntimeError:  # of multinomial: float16 cannot hold confidence / alg_temp
-                with pytest.raises(sw.UserError, match="too small for torch.float16"):
+                with pytest.raises(sw.UserError, match=r"too small for torch\.float16"):
                     dream_decode(Denoiser(model), prompt, settings)
                 continue
         assert torch.equal(dream_decode(Denoiser(model), prompt, settings), expected), odd

@@ -321,8 +321,8 @@ class _Official:
         weights = (ranked / self.settings.alg_temp).softmax(-1)
         if bool(weights.isnan().any()):
             raise UserError(
-                f"alg_temp={self.settings.alg_temp:g} is too small for {ranked.dtype}, in which the official code would "
-                "end in an error; choose a larger one, 0, or a model in float32."
+                f"alg_temp={self.settings.alg_temp:g} is too small for {ranked.dtype}, in which the official code "
+                "ends in an error; choose a larger one, 0, or a model in float32."
             )
         return torch.multinomial(weights, count, generator=self.generator)
 
