@@ -64,8 +64,7 @@ def test_an_error_that_is_not_the_states_is_told_as_it_is(monkeypatch: pytest.Mo
         raise IndexError("another one")
 
     monkeypatch.setattr(model.model.embed_tokens, "forward", broken)
-    with pytest.raises(IndexError, match="another one"), warnings.catch_warnings():
-        warnings.simplefilter("error")
+    with pytest.raises(IndexError, match="another one"):
         sw.generate(model, IDS, plan=plan, gen_length=2)
 
 
