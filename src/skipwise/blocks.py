@@ -104,10 +104,10 @@ class Call:
 
 @dataclass
 class Trace:
-    """The calls of one list's blocks, in order, and whether a part of a block ran while the block did not."""
+    """The calls of one list's blocks, in order, and whether a part of a block ran while no block that has it did."""
 
     calls: list[Call] = field(default_factory=list)
-    running: int | None = None
+    running: frozenset[nn.Module] = frozenset()  # the parts of the block that runs; blocks may share an activation
     used_outside: bool = False
 
 
@@ -186,18 +186,18 @@ def trace_calls(model: nn.Module, lists: Mapping[str, nn.ModuleList], example: M
 def _record(block: nn.Module, index: int, trace: Trace) -> list[Any]:
     """Hooks that note the block's calls, and calls of its parts outside of it."""
     signature = inspect.signature(class_of(block).forward)
+    parts = frozenset(module for module in block.modules() if module is not block)
 
     def enter(*_: Any) -> None:
-        trace.running = index
+        trace.running = parts
 
     def leave(module: nn.Module, args: tuple, kwargs: dict[str, Any], result: Any) -> None:
-        trace.running = None
+        trace.running = frozenset()
         trace.calls.append(Call(index, bind(signature, module, args, kwargs), result))
 
-    def part(*_: Any) -> None:
-        trace.used_outside |= trace.running != index
+    def part(module: nn.Module, *_: Any) -> None:
+        trace.used_outside |= module not in trace.running
 
-    parts = [module for module in block.modules() if module is not block]
     return [
         block.register_forward_pre_hook(enter),
         block.register_forward_hook(leave, with_kwargs=True),

@@ -7,17 +7,17 @@ must have the same modules, with the same settings and the same shapes, block by
 
 import copy
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from torch import nn
 
-from skipwise.blocks import layer_configs, layer_list_names, module_list
+from skipwise.blocks import Contract, find_contract, layer_configs, layer_list_names, module_list
 from skipwise.errors import UserError
 from skipwise.kept import KEPT_STATE, running_modules
 from skipwise.per_layer import cut_setting
 from skipwise.plan import Plan
-from skipwise.skipping import skip
+from skipwise.skipping import Cut, cutting
 from skipwise.wrapping import class_of
 
 Config = dict[str, Any]
@@ -48,6 +48,16 @@ class Kept:
     stack: str
     length: int
     blocks: tuple[int, ...]
+
+    @property
+    def skipped(self) -> list[int]:
+        """The numbers of the others."""
+        return [number for number in range(self.length) if number not in self.blocks]
+
+    @property
+    def is_first(self) -> bool:
+        """Whether these are the first blocks, each of which keeps its number."""
+        return self.blocks == tuple(range(len(self.blocks)))
 
     def of(self, key: str, value: Any) -> Any:
         """What a setting of the config is after the cut: unchanged unless it is about single blocks."""
@@ -154,7 +164,7 @@ def _section(config: Config, path: tuple[str, ...]) -> Config:
 
 def _check_twin(model: nn.Module, twin: nn.Module, plan: Plan) -> None:
     """Raise UserError, with the first difference, unless the twin is the model under the plan."""
-    with skip(model, plan):
+    with cutting(model, _counted_anew(find_contract(model)), _cut_of(plan)):
         wanted = _facts(model, plan)
     found = _facts(twin, plan)
     _forget_gone_kinds(wanted, found)
@@ -167,6 +177,16 @@ def _check_twin(model: nn.Module, twin: nn.Module, plan: Plan) -> None:
                 f"{plan.model.architecture} cannot be exported with this plan: built from a smaller config, its "
                 f"{last}{name} would have {what}; skip other blocks, or use the plan with `skip`."
             )
+
+
+def _counted_anew(contract: Contract) -> Contract:
+    """The contract with no block's place kept, as a checkpoint keeps none."""
+    stacks = {name: replace(stack, in_place=False) for name, stack in contract.stacks.items()}
+    return replace(contract, stacks=stacks)
+
+
+def _cut_of(plan: Plan) -> Cut:
+    return Cut({kept.stack: frozenset(kept.skipped) for kept in kept_of(plan)})
 
 
 def _is_in_last_block(name: str, plan: Plan) -> bool:
@@ -185,15 +205,15 @@ def _forget_gone_kinds(wanted: dict[str, dict[str, Any]], found: Mapping[str, Ma
 
 def _count_what_runs(wanted: dict[str, dict[str, Any]], found: Mapping[str, Mapping[str, Any]], plan: Plan) -> None:
     """Set, in place, what the owner of a list keeps beside it of the number of blocks (CTRL, DistilBERT, XLNet), and
-    lists of one entry a block that is the same for all (LongCat-Image).
+    lists of one entry a block (LongCat-Image, Zamba2): where a forward looks those up by number, blocks depend on it.
     """
     for kept in kept_of(plan):
         name = kept.stack.rpartition(".")[0] or "model"
         owner, cut = wanted[name], found.get(name, {})
         owner |= {key: len(kept.blocks) for key in DEPTHS if owner.get(key) == kept.length}
         for key, value in owner.items():
-            alike = isinstance(value, list | tuple) and len(value) == kept.length and len(set(map(repr, value))) == 1
-            if alike and cut.get(key) == value[: len(kept.blocks)]:
+            listed = isinstance(value, list | tuple) and len(value) == kept.length
+            if listed and cut.get(key) == type(value)(value[number] for number in kept.blocks):
                 owner[key] = cut[key]
 
 

@@ -1,0 +1,103 @@
+"""Exports of models whose blocks depend on their number: the first blocks keep theirs, so the last may be left out."""
+
+import functools
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from torch import nn
+from transformers.models.big_bird import modeling_big_bird
+
+import skipwise as sw
+from skipwise.errors import UserError
+from skipwise.examples import Size, example_inputs
+from tests.survey.shrinking import shake
+from tests.tiny_models import ROWS, output
+
+SETTINGS: dict[str, Any] = {
+    "vocab_size": 64,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_attention_heads": 4,
+    "num_hidden_layers": 4,
+    "max_position_embeddings": 64,
+}
+
+
+def big_bird() -> nn.Module:
+    """Draws the blocks that its attention looks at from each layer's number."""
+    config = transformers.BigBirdConfig(**SETTINGS, block_size=2, num_random_blocks=1)
+    return shake(transformers.BigBirdForMaskedLM(config))
+
+
+def zamba2() -> nn.Module:
+    """Two layers share a transformer, and each is told its number."""
+    config = transformers.Zamba2Config(
+        **SETTINGS | {"num_hidden_layers": 5}, layers_block_type=["mamba", "hybrid"] * 2 + ["mamba"],
+        attention_hidden_size=64, num_key_value_heads=4, mamba_d_state=8, mamba_headdim=16, n_mamba_heads=4,
+        mamba_ngroups=1, chunk_size=4, use_long_context=False, adapter_rank=4, num_mem_blocks=1,
+    )  # fmt: skip
+    return shake(transformers.Zamba2ForCausalLM(config))
+
+
+def openai_gpt() -> nn.Module:
+    """All blocks share one module, the activation, which is no part of any one."""
+    config = transformers.OpenAIGPTConfig(vocab_size=64, n_positions=64, n_embd=32, n_layer=3, n_head=4)
+    return shake(transformers.OpenAIGPTLMHeadModel(config))
+
+
+def exported(model: nn.Module, stack: str, numbers: list[int], folder: Path) -> Any:
+    model.save_pretrained(folder / "source")
+    plan = sw.Plan.static(sw.find_contract(model).shape, {stack: numbers})
+    return type(model).from_pretrained(sw.export(plan, folder / "source", folder / "smaller")).eval()
+
+
+def check(model: nn.Module, stack: str, numbers: list[int], folder: Path) -> None:
+    smaller = exported(model, stack, numbers, folder)
+    inputs = example_inputs(model, Size(batch=2, tokens=24))
+    with torch.no_grad(), sw.skip(model, {stack: numbers}):
+        expected = output(model, inputs)
+    with torch.no_grad():
+        assert torch.equal(output(smaller, inputs), expected)
+
+
+def test_last_blocks_whose_attention_is_drawn_by_number(tmp_path: Path) -> None:
+    check(big_bird(), "bert.encoder.layer", [2, 3], tmp_path)
+
+
+def test_a_last_block_of_a_diffusion_transformer(tmp_path: Path) -> None:
+    check(ROWS["dit"](), "transformer_blocks", [3], tmp_path)
+
+
+def test_a_last_block_beside_blocks_that_share_weights(tmp_path: Path) -> None:
+    check(zamba2(), "model.layers", [4], tmp_path)
+
+
+def test_an_activation_that_all_blocks_share_is_no_part_of_one(tmp_path: Path) -> None:
+    model = openai_gpt()
+    assert not sw.find_contract(model).stacks["transformer.h"].in_place
+    check(model, "transformer.h", [0], tmp_path)
+
+
+@pytest.mark.parametrize("numbers", [[1], [1, 3]])
+def test_other_blocks_are_refused(numbers: list[int], tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="blocks of .* depend on their number"):
+        exported(big_bird(), "bert.encoder.layer", numbers, tmp_path)
+
+
+def test_a_forward_that_counts_all_blocks_is_found_by_running_it(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    forward = modeling_big_bird.BigBirdEncoder.forward
+
+    @functools.wraps(forward)
+    def counting(self: Any, hidden_states: Any, *args: Any, **kwargs: Any) -> Any:
+        return forward(self, hidden_states * len(self.layer), *args, **kwargs)
+
+    monkeypatch.setattr(modeling_big_bird.BigBirdEncoder, "forward", counting)
+    with pytest.raises(UserError, match="it counts its blocks") as error:
+        exported(big_bird(), "bert.encoder.layer", [3], tmp_path)
+    assert "\n" not in str(error.value)
+    assert not (tmp_path / "smaller").exists()
