@@ -83,7 +83,7 @@ def test_an_activation_that_all_blocks_share_is_no_part_of_one(tmp_path: Path) -
 
 @pytest.mark.parametrize("numbers", [[1], [1, 3]])
 def test_other_blocks_are_refused(numbers: list[int], tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="blocks of .* depend on their number"):
+    with pytest.raises(UserError, match="depend on their number"):
         exported(big_bird(), "bert.encoder.layer", numbers, tmp_path)
 
 
