@@ -19,10 +19,11 @@ from skipwise.cost import estimate
 from skipwise.errors import UserError
 from skipwise.exporting.card import PLAN_FILE, Export, write_card
 from skipwise.exporting.checkpoint import Checkpoint, Move, Transform, read_checkpoint, rewrite
-from skipwise.exporting.config import Build, Config, cut_config, kept_of, resolved_config
+from skipwise.exporting.config import Build, Config, cut_config, resolved_config
 from skipwise.exporting.engine_files import check_file, has_file, write_file
 from skipwise.exporting.fitting import check_engine, config_for, fitting_plan
 from skipwise.exporting.folder import check_absent, copy_files, whole_or_absent
+from skipwise.exporting.keeping import kept_of
 from skipwise.exporting.keys import key_reader, plan_moves
 from skipwise.exporting.proof import prove
 from skipwise.files import write_atomically
@@ -68,7 +69,8 @@ def export(
         skeleton = _skeleton(config, plan, build, example)
         if engine is not None:
             plan = fitting_plan(engine, plan, skeleton, nearest)
-        smaller, twin = cut_config(config, skeleton, plan, build)
+        cut = cut_config(config, skeleton, plan, build)
+        smaller, twin = cut.config, cut.twin
         if engine is not None:
             smaller = config_for(engine, smaller, twin, build)
             check_file(engine, resolved_config(twin), found.folder)
@@ -88,7 +90,7 @@ def export(
         write_atomically(folder / "README.md", card)
         plan.save(folder / PLAN_FILE)
         write_file(engine, folder, resolved_config(twin))
-        if _numbered(skeleton, plan):
+        if not cut.certain or _numbered(skeleton, plan):
             prove(found.name, folder, plan, example)
     return target
 

@@ -15,7 +15,7 @@ from transformers.core_model_loading import WeightConverter, WeightRenaming, ren
 
 from skipwise.errors import UserError
 from skipwise.exporting.checkpoint import Checkpoint, Move
-from skipwise.exporting.config import Kept
+from skipwise.exporting.keeping import Kept
 
 
 @dataclass(frozen=True)
@@ -102,7 +102,8 @@ def _check_complete(twin: nn.Module, loaded: Iterable[Loaded]) -> None:
         return
     tensors, found = twin.state_dict(keep_vars=True), {each.name for each in loaded}
     filled = {id(tensors[name]) for name in found}
-    missing = [name for name, tensor in tensors.items() if id(tensor) not in filled]
+    computed = getattr(twin, "_keys_to_ignore_on_save", None) or ()  # tables that no checkpoint has (Marian)
+    missing = [name for name, tensor in tensors.items() if id(tensor) not in filled and name not in computed]
     if missing:
         more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
         raise UserError(f"The checkpoint lacks {missing[0]}{more}; is its config.json that of another model?")

@@ -1,6 +1,10 @@
-"""Exports of models whose blocks depend on their number: the first blocks keep theirs, so the last may be left out."""
+"""Exports that are proved by running them: of blocks that depend on their number, or on how many there are.
+
+Where they depend on their number the first blocks keep theirs, so that the last may be left out.
+"""
 
 import functools
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -48,6 +52,43 @@ def openai_gpt() -> nn.Module:
     return shake(transformers.OpenAIGPTLMHeadModel(config))
 
 
+def minicpm3() -> nn.Module:
+    """Divides what blocks add by the root of their number."""
+    config = transformers.MiniCPM3Config(
+        **SETTINGS, num_key_value_heads=4, q_lora_rank=8, kv_lora_rank=8, qk_nope_head_dim=8, qk_rope_head_dim=8,
+        v_head_dim=8, scale_depth=1.4,
+    )  # fmt: skip
+    return shake(transformers.MiniCPM3ForCausalLM(config))
+
+
+def minimax() -> nn.Module:
+    """Computes decays from each block's number and that of all, and stores them with the weights."""
+    config = transformers.MiniMaxConfig(
+        **SETTINGS, num_key_value_heads=2, head_dim=8, num_local_experts=2, block_size=4,
+        layer_types=["linear_attention", "full_attention"] * 2,
+    )  # fmt: skip
+    return shake(transformers.MiniMaxForCausalLM(config))
+
+
+def longformer() -> nn.Module:
+    """Has a window for each layer."""
+    config = transformers.LongformerConfig(**SETTINGS, attention_window=[8, 4, 4, 8], pad_token_id=1)
+    return shake(transformers.LongformerForMaskedLM(config))
+
+
+SEQ2SEQ: dict[str, Any] = {
+    "vocab_size": 64, "d_model": 32, "encoder_layers": 3, "decoder_layers": 3, "encoder_attention_heads": 4,
+    "decoder_attention_heads": 4, "encoder_ffn_dim": 48, "decoder_ffn_dim": 48, "pad_token_id": 1,
+}  # fmt: skip
+
+
+def led() -> nn.Module:
+    """Windows of its encoder, whose decoder is as long."""
+    return shake(
+        transformers.LEDForConditionalGeneration(transformers.LEDConfig(**SEQ2SEQ, attention_window=[4, 8, 8]))
+    )
+
+
 def exported(model: nn.Module, stack: str, numbers: list[int], folder: Path) -> Any:
     model.save_pretrained(folder / "source")
     plan = sw.Plan.static(sw.find_contract(model).shape, {stack: numbers})
@@ -79,6 +120,35 @@ def test_an_activation_that_all_blocks_share_is_no_part_of_one(tmp_path: Path) -
     model = openai_gpt()
     assert not sw.find_contract(model).stacks["transformer.h"].in_place
     check(model, "transformer.h", [0], tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("make", "stack", "numbers"),
+    [
+        (minicpm3, "model.layers", [1]),
+        (minicpm3, "model.layers", [0, 2, 3]),
+        (minimax, "model.layers", [2]),
+        (longformer, "longformer.encoder.layer", [1, 2]),
+        (led, "led.encoder.layers", [0]),
+        (led, "led.decoder.layers", [1]),
+    ],
+)
+def test_what_is_made_from_how_many_blocks_there_are(
+    make: Callable[[], nn.Module], stack: str, numbers: list[int], tmp_path: Path
+) -> None:
+    check(make(), stack, numbers, tmp_path)
+
+
+def test_the_widest_window_stays(tmp_path: Path) -> None:
+    """The forward pads its input to it."""
+    config = transformers.LongformerConfig(**SETTINGS, attention_window=[4, 8, 4, 4], pad_token_id=1)
+    with pytest.raises(UserError, match="cannot be exported"):
+        exported(transformers.LongformerForMaskedLM(config), "longformer.encoder.layer", [1], tmp_path)
+
+
+def test_tables_that_no_checkpoint_holds(tmp_path: Path) -> None:
+    model = transformers.MarianMTModel(transformers.MarianConfig(**SEQ2SEQ, decoder_start_token_id=1)).eval()
+    check(model, "model.encoder.layers", [1], tmp_path)
 
 
 @pytest.mark.parametrize("numbers", [[1], [1, 3]])
