@@ -143,7 +143,7 @@ def test_a_tokenizer_with_more_tokens_than_the_model_is_refused(tmp_path: Path) 
     model: Any = _lm("Qwen2Config", "Qwen2ForCausalLM", **EIGHT | THETA | {"vocab_size": 280})
     model.save_pretrained(tmp_path / "source")
     tokenizer(tmp_path / "source")
-    with pytest.raises(sw.UserError, match=r"a token .* of number \d+, and the model knows 280 tokens") as error:
+    with pytest.raises(sw.UserError, match=r"the token .* at \d+, and the model knows 280 tokens") as error:
         exported(model, tmp_path / "source", 2)
     assert "\n" not in str(error.value)
     assert not (tmp_path / "target").exists()

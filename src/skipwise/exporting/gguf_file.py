@@ -84,7 +84,7 @@ def _check_vocabulary(tokenizer: tuple[dict[str, Any], str] | None, size: int) -
     last = max(numbers, key=lambda token: numbers[token], default=None)
     if last is not None and numbers[last] >= size:
         raise UserError(
-            f"The source's tokenizer has a token {last!r} of number {numbers[last]}, and the model knows {size} tokens; "
+            f"The source's tokenizer has the token {last!r} at {numbers[last]}, and the model knows {size} tokens; "
             "put the tokenizer that belongs to the model beside its weights, or export without --for llama.cpp."
         )
 
