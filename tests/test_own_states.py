@@ -10,6 +10,7 @@ import transformers
 
 import skipwise as sw
 from skipwise.errors import UserError
+from tests.survey.shrinking import shake
 from tests.tiny_models import LANGUAGE
 
 IDS = torch.arange(3, 9)[None]
@@ -101,3 +102,30 @@ def test_a_cache_beside_an_encoder_is_known_too() -> None:
         pytest.raises(UserError, match="filled without"),
     ):
         model(IDS, decoder_input_ids=IDS[:, :1], past_key_values=cache)
+
+
+def xlnet() -> Any:
+    config = transformers.XLNetConfig(vocab_size=64, d_model=32, n_layer=3, n_head=4, d_inner=48, mem_len=16)
+    return shake(transformers.XLNetLMHeadModel(config))
+
+
+def test_memories_that_a_forward_returns_are_of_the_blocks_that_ran() -> None:
+    model = xlnet()
+    short = copy.deepcopy(model)
+    del short.transformer.layer[0]
+    plan = sw.Plan.of(sw.find_contract(model).shape, [0])
+    under = sw.generate(model, IDS, plan=plan, gen_length=4, stop_at_eos=False)
+    assert torch.equal(under.sequences, greedy(short))  # which hands on its memories whatever it is told
+    with torch.no_grad(), sw.skip(model, plan):
+        model(IDS, mems=model(IDS).mems)
+
+
+def test_memories_that_others_filled_are_refused() -> None:
+    model = xlnet()
+    with torch.no_grad():
+        whole = model(IDS).mems
+        with sw.skip(model, [1]):
+            other = model(IDS).mems
+        for mems in (whole, other):
+            with sw.skip(model, [0]), pytest.raises(UserError, match="mems was not made by the last call"):
+                model(IDS, mems=mems)

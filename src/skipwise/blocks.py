@@ -43,7 +43,8 @@ class Stack:
     in_place: the model minds a block's number, so a skipped block must leave something in its place: the caller hands
     each block what depends on its number (Chroma cuts the modulation by index), or uses a part of a block outside of it
     (DiT embeds the timestep with block 0's norm); numbered_by: optional arguments of the forward that loops over the
-    list, by which a caller gives things by block number (a ControlNet's residuals); counts_config: the loop also looks
+    list, by which a caller gives things by block number (a ControlNet's residuals); carried: those of them that it also
+    returns, for the next call; counts_config: the loop also looks
     up lists of the config by number; coupled: other lists whose block k shares weights with block k here
     (DiffusionGemma's encoder), which lose the same blocks.
     """
@@ -55,6 +56,7 @@ class Stack:
     returns: int | None
     in_place: bool = False
     numbered_by: tuple[str, ...] = ()
+    carried: tuple[str, ...] = ()
     counts_config: bool = False
     coupled: tuple[str, ...] = ()
 
@@ -313,6 +315,7 @@ def _describe(model: nn.Module, name: str, trace: Trace) -> Stack:
         returns=len(result) if isinstance(result, tuple | list) else None,
         in_place=minds or numbering.always,
         numbered_by=tuple(sorted(numbering.arguments)),
+        carried=tuple(sorted(numbering.carried)),
         counts_config=numbering.counts_config,
     )
 

@@ -6,11 +6,12 @@ number (a ControlNet's residuals, the layers of a guidance), skipped blocks keep
 
 import inspect
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.multiprocessing.reductions import StorageWeakRef
 from torch.nn.parallel import DistributedDataParallel
 
 from skipwise.blocks import Stack
@@ -27,7 +28,10 @@ MARK = "_skipwise_filled_by"  # what a cache remembers
 
 @dataclass(frozen=True)
 class KeptPlaces:
-    """A stack whose skipped blocks keep their places in the calls that bring an argument of `stack.numbered_by`."""
+    """A stack whose skipped blocks keep their places in the calls that bring an argument of `stack.numbered_by`.
+
+    What a forward has returned itself under the plan is of the blocks that ran, and goes with them again.
+    """
 
     model: nn.Module
     owner: nn.Module
@@ -35,6 +39,7 @@ class KeptPlaces:
     stack: Stack
     skipped: frozenset[int]
     has_stand_ins: bool
+    made: set[StorageWeakRef] = field(default_factory=set)  # what the last call returned for the next
 
     def watch(self) -> Undo:
         """Look at every call of the owner. Returns what ends it."""
@@ -44,11 +49,27 @@ class KeptPlaces:
         def around(args: tuple, kwargs: Mapping[str, Any]) -> Undo | None:
             for name, place in places.items():
                 given = args[place] if place < len(args) else kwargs.get(name)
-                if given is not None:
+                if given is not None and name in self.stack.carried:
+                    self._check_made(name, given)
+                elif given is not None:
                     return self._keep(name)
             return None
 
-        return watch(self.owner, around)
+        return watch(self.owner, around, self._remember if self.stack.carried else None)
+
+    def _check_made(self, argument: str, given: Any) -> None:
+        if not all(StorageWeakRef(tensor.untyped_storage()) in self.made for tensor in _tensors(given)):
+            raise UserError(
+                f"{argument} was not made by the last call under this plan; begin without it inside of the plan, and "
+                "hand on what comes back."
+            )
+
+    def _remember(self, result: Any) -> None:
+        self.made.clear()
+        for name in self.stack.carried:
+            self.made.update(
+                StorageWeakRef(tensor.untyped_storage()) for tensor in _tensors(getattr(result, name, None))
+            )
 
     def _keep(self, argument: str) -> Undo:
         """Every block in its own place, the skipped ones passing on what they get."""
@@ -65,6 +86,10 @@ class KeptPlaces:
         whole = every_block(self.blocks)
         instead = {number: PassThrough(whole[number], self.stack, in_cache=False) for number in self.skipped}
         return keep(self.blocks, range(len(whole)), instead)
+
+
+def _tensors(value: Any) -> list[Tensor]:
+    return [part for part in (value if isinstance(value, tuple | list) else [value]) if isinstance(part, Tensor)]
 
 
 def watch_calls(model: nn.Module, kept: Mapping[str, nn.ModuleList], in_place: bool) -> Undo:

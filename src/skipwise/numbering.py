@@ -29,11 +29,13 @@ CONFIG = frozenset({"config's lists"})  # the counter picks from these, and from
 class Numbering:
     """always: the counter picks things at every call. arguments: it picks from these arguments of the owner's forward,
     which are optional; without them nothing minds a block's number. counts_config: it picks from the config's lists.
+    carried: those of the arguments that the forward also returns, as XLNet does its memories, for the next call.
     """
 
     always: bool = False
     arguments: frozenset[str] = field(default_factory=frozenset)
     counts_config: bool = False
+    carried: frozenset[str] = field(default_factory=frozenset)
 
 
 @dataclass(frozen=True)
@@ -59,7 +61,9 @@ def find_numbering(owner: nn.Module, attribute: str, per_layer: Collection[str])
     uses = [use.known for use in found if not any(is_off(owner, switch) for switch in use.switches)]
     compared = {name for use in uses for name in use if name.startswith(OWN)}
     always = frozenset() in uses or any(_names_a_block(owner, attribute, name) for name in compared)
-    return Numbering(always, frozenset().union(*uses) - CONFIG - compared, CONFIG in uses)
+    arguments = frozenset[str]().union(*uses) - CONFIG - compared
+    carried = arguments & _returned(class_of(owner), attribute) if arguments else frozenset[str]()  # type: ignore[arg-type]
+    return Numbering(always, arguments, CONFIG in uses, carried)
 
 
 def _names_a_block(owner: nn.Module, attribute: str, name: str) -> bool:
@@ -92,6 +96,15 @@ def _uses(cls: type, attribute: str, per_layer: tuple[str, ...]) -> tuple[Use, .
                 own = known == CONFIG or any(name.startswith(OWN) for name in known)
                 found.append(Use(known if own or known <= optional else given, conditions))
     return tuple(found)
+
+
+@cache
+def _returned(cls: type, attribute: str) -> frozenset[str]:
+    """The names under which the forward returns something."""
+    forwards = [method for method in _methods(cls, attribute) if method.name == "forward"]
+    results = [node.value for method in forwards for node in ast.walk(method) if isinstance(node, ast.Return)]
+    calls = [result for result in results if isinstance(result, ast.Call)]
+    return frozenset(keyword.arg for call in calls for keyword in call.keywords if keyword.arg)
 
 
 def _methods(cls: type, attribute: str) -> Iterator[ast.FunctionDef]:
