@@ -16,12 +16,18 @@ from tests.tiny_models import LANGUAGE
 IDS = torch.arange(3, 9)[None]
 
 
+def rwkv() -> Any:
+    """Its state has a place for each layer, and comes back from every block."""
+    config = transformers.RwkvConfig(vocab_size=64, hidden_size=32, num_hidden_layers=3, rescale_every=0)
+    return shake(transformers.RwkvForCausalLM(config))
+
+
 def xlstm() -> Any:
-    torch.manual_seed(0)
+    """Its cache has a state for each layer."""
     config = transformers.xLSTMConfig(
         vocab_size=64, hidden_size=64, num_hidden_layers=3, num_heads=4, qk_dim_factor=1.0, chunk_size=8
     )  # fmt: skip
-    return transformers.xLSTMForCausalLM(config).eval()
+    return shake(transformers.xLSTMForCausalLM(config))
 
 
 def greedy(model: Any, new: int = 4) -> torch.Tensor:
@@ -32,9 +38,9 @@ def greedy(model: Any, new: int = 4) -> torch.Tensor:
 
 
 def test_a_model_whose_state_no_plan_cuts_decodes_without_it() -> None:
-    model = xlstm()
+    model = rwkv()
     short = copy.deepcopy(model)
-    del short.backbone.blocks[1]
+    del short.rwkv.blocks[1]
     plan = sw.Plan.of(sw.find_contract(model).shape, [1])
     whole = sw.generate(model, IDS, gen_length=4, stop_at_eos=False)
     with pytest.warns(UserWarning, match="decodes without a cache"):
@@ -49,7 +55,7 @@ def test_a_model_whose_state_no_plan_cuts_decodes_without_it() -> None:
 
 
 def test_the_second_try_draws_what_the_first_one_would() -> None:
-    model = xlstm()
+    model = rwkv()
     plan = sw.Plan.of(sw.find_contract(model).shape, [1])
     with pytest.warns(UserWarning, match="without a cache"):
         first = sw.generate(model, IDS, plan=plan, gen_length=6, temperature=1.0, seed=3)
@@ -118,6 +124,20 @@ def test_memories_that_a_forward_returns_are_of_the_blocks_that_ran() -> None:
     assert torch.equal(under.sequences, greedy(short))  # which hands on its memories whatever it is told
     with torch.no_grad(), sw.skip(model, plan):
         model(IDS, mems=model(IDS).mems)
+
+
+def test_a_cache_of_states_is_of_the_blocks_that_ran() -> None:
+    model = xlstm()
+    short = copy.deepcopy(model)
+    del short.backbone.blocks[1]
+    plan = sw.Plan.of(sw.find_contract(model).shape, [1])
+    under = sw.generate(model, IDS, plan=plan, gen_length=4, stop_at_eos=False)
+    assert torch.equal(under.sequences, greedy(short))
+    with torch.no_grad(), sw.skip(model, plan):
+        cache = model(IDS, use_cache=True).cache_params
+        model(IDS[:, :1], cache_params=cache, use_cache=True)
+    with torch.no_grad(), sw.skip(model, [0]), pytest.raises(UserError, match="cache_params was not made"):
+        model(IDS[:, :1], cache_params=cache, use_cache=True)
 
 
 def test_memories_that_others_filled_are_refused() -> None:

@@ -39,7 +39,7 @@ class KeptPlaces:
     stack: Stack
     skipped: frozenset[int]
     has_stand_ins: bool
-    made: set[StorageWeakRef] = field(default_factory=set)  # what the last call returned for the next
+    made: dict[Any, Any] = field(default_factory=dict)  # what the last call returned for the next
 
     def watch(self) -> Undo:
         """Look at every call of the owner. Returns what ends it."""
@@ -58,7 +58,7 @@ class KeptPlaces:
         return watch(self.owner, around, self._remember if self.stack.carried else None)
 
     def _check_made(self, argument: str, given: Any) -> None:
-        if not all(StorageWeakRef(tensor.untyped_storage()) in self.made for tensor in _tensors(given)):
+        if not _parts_of(given).keys() <= self.made.keys():
             raise UserError(
                 f"{argument} was not made by the last call under this plan; begin without it inside of the plan, and "
                 "hand on what comes back."
@@ -67,9 +67,7 @@ class KeptPlaces:
     def _remember(self, result: Any) -> None:
         self.made.clear()
         for name in self.stack.carried:
-            self.made.update(
-                StorageWeakRef(tensor.untyped_storage()) for tensor in _tensors(getattr(result, name, None))
-            )
+            self.made.update(_parts_of(getattr(result, name, None)))
 
     def _keep(self, argument: str) -> Undo:
         """Every block in its own place, the skipped ones passing on what they get."""
@@ -88,8 +86,13 @@ class KeptPlaces:
         return keep(self.blocks, range(len(whole)), instead)
 
 
-def _tensors(value: Any) -> list[Tensor]:
-    return [part for part in (value if isinstance(value, tuple | list) else [value]) if isinstance(part, Tensor)]
+def _parts_of(state: Any) -> dict[Any, Any]:
+    """What tells a state again that a call has returned: the memory of its tensors, which slices share, or itself."""
+    parts = state if isinstance(state, tuple | list) else [state]
+    memory = {StorageWeakRef(part.untyped_storage()): None for part in parts if isinstance(part, Tensor)}
+    return memory | {
+        id(part): part for part in parts if not isinstance(part, Tensor)
+    }  # held, or another may get its id
 
 
 def watch_calls(model: nn.Module, kept: Mapping[str, nn.ModuleList], in_place: bool) -> Undo:
