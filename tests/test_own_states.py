@@ -123,7 +123,10 @@ def test_memories_that_a_forward_returns_are_of_the_blocks_that_ran() -> None:
     under = sw.generate(model, IDS, plan=plan, gen_length=4, stop_at_eos=False)
     assert torch.equal(under.sequences, greedy(short))  # which hands on its memories whatever it is told
     with torch.no_grad(), sw.skip(model, plan):
-        model(IDS, mems=model(IDS).mems)
+        mems = model(IDS).mems
+        model(IDS, use_mems=False)
+        model(IDS, mems=mems)
+        model(IDS, mems=model(IDS, return_dict=False)[1])
 
 
 def test_a_cache_of_states_is_of_the_blocks_that_ran() -> None:
@@ -147,5 +150,5 @@ def test_memories_that_others_filled_are_refused() -> None:
         with sw.skip(model, [1]):
             other = model(IDS).mems
         for mems in (whole, other):
-            with sw.skip(model, [0]), pytest.raises(UserError, match="mems was not made by the last call"):
+            with sw.skip(model, [0]), pytest.raises(UserError, match="mems was not made by a call"):
                 model(IDS, mems=mems)

@@ -8,6 +8,7 @@ import inspect
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
+from weakref import ReferenceType, ref
 
 import torch
 from torch import Tensor, nn
@@ -39,7 +40,7 @@ class KeptPlaces:
     stack: Stack
     skipped: frozenset[int]
     has_stand_ins: bool
-    made: dict[Any, Any] = field(default_factory=dict)  # what the last call returned for the next
+    made: "Made" = field(default_factory=lambda: Made())  # what calls returned for later ones
 
     def watch(self) -> Undo:
         """Look at every call of the owner. Returns what ends it."""
@@ -58,16 +59,16 @@ class KeptPlaces:
         return watch(self.owner, around, self._remember if self.stack.carried else None)
 
     def _check_made(self, argument: str, given: Any) -> None:
-        if not _parts_of(given).keys() <= self.made.keys():
+        if not self.made.has(given):
             raise UserError(
-                f"{argument} was not made by the last call under this plan; begin without it inside of the plan, and "
-                "hand on what comes back."
+                f"{argument} was not made by a call under this plan; begin without it inside of the plan, and hand on "
+                "what comes back."
             )
 
     def _remember(self, result: Any) -> None:
-        self.made.clear()
-        for name in self.stack.carried:
-            self.made.update(_parts_of(getattr(result, name, None)))
+        values = result if isinstance(result, tuple) else [getattr(result, name, None) for name in self.stack.carried]
+        for value in values:
+            self.made.add(value)
 
     def _keep(self, argument: str) -> Undo:
         """Every block in its own place, the skipped ones passing on what they get."""
@@ -86,13 +87,34 @@ class KeptPlaces:
         return keep(self.blocks, range(len(whole)), instead)
 
 
-def _parts_of(state: Any) -> dict[Any, Any]:
-    """What tells a state again that a call has returned: the memory of its tensors, which slices share, or itself."""
-    parts = state if isinstance(state, tuple | list) else [state]
-    memory = {StorageWeakRef(part.untyped_storage()): None for part in parts if isinstance(part, Tensor)}
-    return memory | {
-        id(part): part for part in parts if not isinstance(part, Tensor)
-    }  # held, or another may get its id
+class Made:
+    """States that calls have returned, told again by the memory of their tensors, which slices share, or by what they
+    are. None of them is kept alive.
+    """
+
+    def __init__(self) -> None:
+        self._memory: set[StorageWeakRef] = set()
+        self._things: dict[int, ReferenceType[Any]] = {}
+
+    def add(self, state: Any) -> None:
+        """Remember a state, and forget those that are gone."""
+        self._memory = {memory for memory in self._memory if not memory.expired()}
+        self._things = {number: thing for number, thing in self._things.items() if thing() is not None}
+        for part in state if isinstance(state, tuple | list) else [state]:
+            if isinstance(part, Tensor):
+                self._memory.add(StorageWeakRef(part.untyped_storage()))
+            elif hasattr(part, "__weakref__"):
+                self._things[id(part)] = ref(part)
+
+    def has(self, state: Any) -> bool:
+        """Whether all of a state was remembered."""
+        return all(map(self._has, state if isinstance(state, tuple | list) else [state]))
+
+    def _has(self, part: Any) -> bool:
+        if isinstance(part, Tensor):
+            return StorageWeakRef(part.untyped_storage()) in self._memory
+        thing = self._things.get(id(part))
+        return thing is not None and thing() is part
 
 
 def watch_calls(model: nn.Module, kept: Mapping[str, nn.ModuleList], in_place: bool) -> Undo:

@@ -1,6 +1,6 @@
 """Autoregressive decoding: a thin call of transformers' `generate` and its KV cache, under the applied plan.
 
-A class may keep what it remembers of every layer itself (xLSTM, SeamlessM4T), in a way that no plan can cut. Such a
+A class may keep what it remembers of every layer itself (RWKV, SeamlessM4T), in a way that no plan can cut. Such a
 model decodes without a cache under a plan: the same tokens, in more time.
 """
 
