@@ -4,6 +4,7 @@ Where they depend on their number the first blocks keep theirs, so that the last
 """
 
 import functools
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -149,6 +150,34 @@ def test_the_widest_window_stays(tmp_path: Path) -> None:
 def test_tables_that_no_checkpoint_holds(tmp_path: Path) -> None:
     model = transformers.MarianMTModel(transformers.MarianConfig(**SEQ2SEQ, decoder_start_token_id=1)).eval()
     check(model, "model.encoder.layers", [1], tmp_path)
+
+
+def test_a_head_that_reads_the_attentions_of_all_layers(tmp_path: Path) -> None:
+    config = transformers.EsmConfig(**SETTINGS, pad_token_id=1, mask_token_id=5)
+    model: Any = shake(transformers.EsmForMaskedLM(config))
+    check(model, "esm.encoder.layer", [1], tmp_path)
+    model.set_attn_implementation("eager")  # which gives attentions
+    smaller: Any = transformers.EsmForMaskedLM.from_pretrained(tmp_path / "smaller", attn_implementation="eager")
+    ids = torch.arange(4, 24)[None]
+    head = model.esm.contact_head
+    head.regression.weight.data = head.regression.weight.data.view(4, 4)[[0, 2, 3]].view(1, 12)
+    with torch.no_grad(), sw.skip(model, [1]):
+        expected = model.esm.predict_contacts(ids, torch.ones_like(ids))
+    with torch.no_grad():
+        assert torch.equal(smaller.eval().esm.predict_contacts(ids, torch.ones_like(ids)), expected)
+
+
+def test_a_vocabulary_that_shrinks_by_as_much_is_another_models(tmp_path: Path) -> None:
+    """Three quarters of the rows, as of the blocks, but not for these."""
+    source = tmp_path / "source"
+    model = ROWS["llama"]()
+    model.save_pretrained(source)
+    config = json.loads((source / "config.json").read_text())
+    config["vocab_size"] = config["vocab_size"] * 3 // 4
+    (source / "config.json").write_text(json.dumps(config))
+    plan = sw.Plan.of(sw.find_contract(model).shape, [1])
+    with pytest.raises(UserError, match="does not fit its config"):
+        sw.export(plan, source, tmp_path / "smaller")
 
 
 @pytest.mark.parametrize("numbers", [[1], [1, 3]])

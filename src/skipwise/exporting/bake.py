@@ -224,5 +224,5 @@ def _check_weights(source: Source) -> None:
 
 def _sizes(checkpoint: Checkpoint, moves: Mapping[str, Move]) -> tuple[int, int]:
     """Bytes of the weights before and after."""
-    sizes = {key: entry.size for key, entry in checkpoint.entries.items()}
-    return sum(sizes.values()), sum(sizes[key] for key in moves)
+    entries = checkpoint.entries
+    return sum(entry.size for entry in entries.values()), sum(move.size(entries[key]) for key, move in moves.items())

@@ -1,6 +1,6 @@
 """Whether a smaller model is the source under its plan: by all that its config decides, module by module."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -8,12 +8,13 @@ from torch import nn
 
 from skipwise.blocks import Contract, find_contract, layer_configs, layer_list_names
 from skipwise.errors import UserError
-from skipwise.exporting.keeping import kept_of
+from skipwise.exporting.keeping import Kept, is_share, kept_of, slices
 from skipwise.kept import KEPT_STATE, running_modules
 from skipwise.plan import Plan
 from skipwise.skipping import Cut, cutting
 from skipwise.wrapping import class_of
 
+OF_SHAPE = " of shape"
 Facts = dict[str, dict[str, Any]]  # name of a module -> its settings and the shapes of its tensors
 
 # some configs of language models give the number of layers twice, by two of these names
@@ -69,11 +70,11 @@ def compare(model: nn.Module, twin: nn.Module, plan: Plan) -> Comparison:
     found = _facts(twin, plan)
     _forget_gone_kinds(wanted, found)
     _count_what_runs(wanted, found, plan)
-    counted = _count_in_blocks(wanted, found, plan)
+    unsure = [_count_in_blocks(wanted, found, plan), _cut_slices(wanted, found, plan)]
     for name in [*wanted, *(name for name in found if name not in wanted)]:
         if wanted.get(name) != found.get(name):
-            return Comparison(_difference(name, wanted.get(name, {}), found.get(name, {})), not counted)
-    return Comparison(None, not counted)
+            return Comparison(_difference(name, wanted.get(name, {}), found.get(name, {})), not any(unsure))
+    return Comparison(None, not any(unsure))
 
 
 def _counted_anew(contract: Contract) -> Contract:
@@ -127,9 +128,37 @@ def _count_in_blocks(wanted: Facts, found: Facts, plan: Plan) -> bool:
     return any_does
 
 
-def _difference(name: str, wanted: Mapping[str, Any], found: Mapping[str, Any]) -> Difference:
+def _cut_slices(wanted: Facts, found: Facts, plan: Plan) -> bool:
+    """Take over, in place, modules outside of the blocks whose tensors have a slice for each; say whether any do."""
+    kept = kept_of(plan)
+    outside = [name for name in wanted if not any(f"{name}.".startswith(f"{one.stack}.") for one in kept)]
+    sized = [name for name in outside if _differs_by_slices(wanted[name], found.get(name, {}), kept)]
+    holders = [name for name in sized if any(key.endswith(OF_SHAPE) for key in _differing(wanted[name], found[name]))]
+    # a module may also note the size of what is inside of it
+    cut = [name for name in sized if any(f"{holder}.".startswith(f"{name}.") for holder in holders)]
+    wanted |= {name: found[name] for name in cut}
+    return bool(cut)
+
+
+def _differs_by_slices(wanted: Mapping[str, Any], found: Mapping[str, Any], kept: Sequence[Kept]) -> bool:
+    """Whether a module differs, and in nothing but sizes that are as much for each block as they were."""
+    differing = _differing(wanted, found)
+    return bool(differing) and all(_is_slice(wanted.get(key), found.get(key), kept) for key in differing)
+
+
+def _differing(wanted: Mapping[str, Any], found: Mapping[str, Any]) -> list[str]:
     absent = object()
-    key = next(key for key in [*wanted, *found] if wanted.get(key, absent) != found.get(key, absent))
+    return [key for key in {**wanted, **found} if wanted.get(key, absent) != found.get(key, absent)]
+
+
+def _is_slice(old: Any, new: Any, kept: Sequence[Kept]) -> bool:
+    if isinstance(old, tuple) and isinstance(new, tuple):
+        return slices(old, new, kept) is not None
+    return type(old) is type(new) is int and any(is_share(old, new, one) for one in kept)
+
+
+def _difference(name: str, wanted: Mapping[str, Any], found: Mapping[str, Any]) -> Difference:
+    key = _differing(wanted, found)[0]
     return Difference(name, key, found.get(key, "missing"), wanted.get(key, "missing"))
 
 
@@ -150,7 +179,7 @@ def _facts_of(module: nn.Module) -> dict[str, Any]:
     ignored = {"training", *KEPT_STATE, *(name for owner, name in NEVER_READ if owner == kind)}
     settings = {key: value for key, value in vars(module).items() if key not in ignored and _is_plain(value)}
     tensors = {**module._parameters, **module._buffers}
-    shapes = {f"{key} of shape": tuple(tensor.shape) for key, tensor in tensors.items() if tensor is not None}
+    shapes = {f"{key}{OF_SHAPE}": tuple(tensor.shape) for key, tensor in tensors.items() if tensor is not None}
     return {"class": kind, **settings, **shapes}
 
 
