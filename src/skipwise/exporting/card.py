@@ -8,8 +8,9 @@ from typing import Any
 from huggingface_hub import ModelCardData, metadata_load
 from yaml import YAMLError
 
-from skipwise.exporting.config import Config, kept_of
+from skipwise.exporting.config import Config
 from skipwise.exporting.engines import ENGINES, title, verdict
+from skipwise.exporting.keeping import kept_of
 from skipwise.files import read_json
 from skipwise.loading import NATIVE, Source
 from skipwise.plan import Plan
