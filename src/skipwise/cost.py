@@ -3,8 +3,9 @@
 FLOPs follow from formulas, evaluated on the shapes of one forward: a matrix product of (rows, inner) by (inner,
 columns) costs 2 * rows * inner * columns; attention 2 * queries * keys * (key width + value width) for every head and
 example, masked or not; a convolution 2 * outputs * inputs per output. Everything else is not counted, as in the papers
-and in torch's own counter, against which the tests hold this one. A quantised layer costs the FLOPs of the plain one,
-and the bytes that are stored.
+and in torch's own counter, against which the tests hold this one. Tokens are taken to meet
+experts evenly, each token as many as it is routed to. A quantised layer costs the FLOPs of the plain one, and the bytes
+that are stored.
 """
 
 import math

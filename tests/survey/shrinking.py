@@ -43,7 +43,6 @@ CHANGES: dict[str, dict[str, Any]] = {
     "MobileBertForMaskedLM": {"intra_bottleneck_size": 64},
     "MobileBertModel": {"intra_bottleneck_size": 64},
     "HunYuanVLForConditionalGeneration": {"text_config.rope_parameters": ROPE | {"mrope_section": [2, 2, 2, 2]}},
-    "LongT5ForConditionalGeneration": {"decoder_start_token_id": 0},
     "Mistral4ForCausalLM": {"rope_parameters": ROPE},
     "Qwen2_5OmniThinkerForConditionalGeneration": {"vision_start_token_id": 5},
     "Qwen3OmniMoeThinkerForConditionalGeneration": {"vision_start_token_id": 5},
@@ -78,7 +77,6 @@ CHANGES: dict[str, dict[str, Any]] = {
     "RecurrentGemmaForCausalLM": {"num_hidden_layers": 6},
     "EncoderDecoderModel": {"decoder_start_token_id": 1},
     "T5GemmaEncoderModel": {"is_encoder_decoder": False},
-    "T5ForConditionalGeneration": {"decoder_start_token_id": 0},
     "XmodForCausalLM": {"default_language": "en_XX", "is_decoder": True},
     "XmodForMaskedLM": {"default_language": "en_XX"},
 }
@@ -118,6 +116,8 @@ def _shrunk(default: Any, changes: dict[str, Any]) -> Any:
         fields["head_dim"] = HEAD
     if "qk_head_dim" in fields:
         fields["qk_head_dim"] = 2 * HEAD  # with positions and without
+    if default.is_encoder_decoder and getattr(default, "decoder_start_token_id", None) is None:
+        fields["decoder_start_token_id"] = 0
     _keep_all_heads(default, fields)
     _shrink_sections(default, fields)
     fields |= {key: value for key, value in changes.items() if "." not in key}
