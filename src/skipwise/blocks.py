@@ -21,7 +21,7 @@ from skipwise.numbering import find_numbering
 from skipwise.per_layer import computed_lists, names_of_layers
 from skipwise.plan import ModelShape
 from skipwise.twins import twin
-from skipwise.wrapping import class_of, unwrap
+from skipwise.wrapping import block_lists, class_of, unwrap
 
 
 @dataclass(frozen=True)
@@ -132,8 +132,11 @@ def _trace_contract(model: nn.Module, example: Mapping[str, Any] | None) -> Cont
     """The contract of a model that may be run."""
     lists = block_lists(model)
     on_meta_device = next(model.parameters()).is_meta
-    inputs = example_inputs(model) if example is None else on_meta(model, example) if on_meta_device else example
-    traces = trace_calls(model, lists, inputs)
+    if example is None:
+        example = example_inputs(model, whole=True)
+    elif on_meta_device:
+        example = on_meta(model, example)
+    traces = trace_calls(model, lists, example)
     refused: dict[str, str] = {}
     stacks: dict[str, Stack] = {}
     for name, blocks in lists.items():
@@ -148,21 +151,6 @@ def _trace_contract(model: nn.Module, example: Mapping[str, Any] | None) -> Cont
         reasons = "; ".join(f"{name}: {reason}" for name, reason in refused.items()) or "it has no list of blocks"
         raise UnplannableError(f"{architecture} cannot be planned: {reasons}.")
     return Contract(architecture, _stream_width(stacks, traces), stacks, refused)
-
-
-def block_lists(model: nn.Module) -> dict[str, nn.ModuleList]:
-    """The outermost lists of two or more modules with parameters, by dotted path."""
-    found: dict[str, nn.ModuleList] = {}
-    for name, module in model.named_modules():
-        inside = any(name.startswith(outer + ".") for outer in found)
-        if (
-            isinstance(module, nn.ModuleList)
-            and len(module) > 1
-            and not inside
-            and any(True for _ in module.parameters())
-        ):
-            found[name] = module
-    return found
 
 
 def module_list(model: nn.Module, name: str) -> nn.ModuleList:

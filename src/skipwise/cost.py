@@ -236,7 +236,8 @@ def _price(model: nn.Module, size: Size, contract: Contract, example: Mapping[st
         name: tuple(meter.prices.get((name, i), Price()) for i in range(stack.length))
         for name, stack in contract.stacks.items()
     }
-    linear = {name: _linear_map(streams[name]) for name in blocks}
+    # what looks at pictures alone does not run on text, and costs nothing then
+    linear = {name: _linear_map(streams[name]) if name in streams else Price() for name in blocks}
     outside, made = meter.prices.get(None, Price()), meter.prices.get(HEAD, Price())
     return Prices(blocks, outside + made, linear, size, made)
 
