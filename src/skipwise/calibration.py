@@ -122,7 +122,7 @@ class Calibration:
     facts: dict[str, Any] = field(init=False)
 
     def __post_init__(self) -> None:
-        check_text_alone(self.model, "calibrated on")
+        check_text_alone(self.model, "calibrated on", whole=True)
         self.facts = fingerprint(self.samples)
 
     @classmethod

@@ -62,7 +62,7 @@ def analyze(
         raise UserError(
             f"{type(model).__name__} cannot be analysed: it reads a prompt and writes a canvas by its own sampler."
         )
-    check_text_alone(model, "analysed over")
+    check_text_alone(model, "analysed over", whole=True)
     parts = check_parts(parts)
     samples = tokenize(tokenizer, texts, max_tokens)
     settings = {"noise_levels": noise_levels, "step_bins": step_bins, "max_steps": max_steps, "seed": seed}

@@ -60,7 +60,11 @@ def _picture(call: Call) -> Tensor | None:
 def _patches(call: Call) -> Tensor | None:
     """Row and column of each patch, and its pixels."""
     pixels, count = call.setting("patch_embed_hidden_size"), call.size.text
-    return pixels and torch.cat([call.new.full(1, count, 2), call.new.noise(count, pixels)], dim=-1)
+    if not pixels:
+        return None
+    patches = call.new.noise(count, 2 + pixels)
+    patches[..., :2] = 1
+    return patches
 
 
 def _sound(call: Call) -> Tensor | None:

@@ -55,9 +55,12 @@ def language_inputs(model: nn.Module, size: Size, new: Tensors, whole: bool = Fa
     return kwargs
 
 
-def check_text_alone(model: nn.Module, done: str) -> None:
-    """Raise UserError for a language model that does not run on text alone; `done` is what cannot be done with it."""
-    way = _way_of(model, whole=False)
+def check_text_alone(model: nn.Module, done: str, whole: bool = False) -> None:
+    """Raise UserError for a language model that does not run on text alone; `done` is what cannot be done with it.
+
+    whole: or one some of whose blocks do not.
+    """
+    way = _way_of(model, whole)
     needed = "a row for each of its codebooks" if way.codebooks > 1 else ", ".join(way.beside)
     if needed:
         raise UserError(
