@@ -9,10 +9,11 @@ from torch.utils.flop_counter import FlopCounterMode
 import skipwise as sw
 from skipwise.blocks import find_contract
 from skipwise.cost import cost_of, estimate, price_blocks
-from skipwise.examples import Size
+from skipwise.examples import Size, example_inputs, shapes_only
 from skipwise.plan import Phase, Plan
 from skipwise.skipping import skip
 from tests.deleted import deleted
+from tests.survey.classes import build
 from tests.tiny_models import ROWS, example, output
 
 
@@ -31,6 +32,25 @@ def test_formula_equals_torchs_counter(name: str) -> None:
     inputs = example(model, batch=2)
     prices = price_blocks(model, example=inputs)
     assert prices.forward().flops == counted(model, inputs)
+
+
+@pytest.mark.parametrize("name", ["JetMoeForCausalLM", "SwitchTransformersForConditionalGeneration"])
+def test_experts_that_are_looped_over_are_priced_as_they_are_met(name: str) -> None:
+    """Such loops read which experts were chosen, and how often, which shapes alone do not say."""
+    model = build(name)
+    inputs = example_inputs(model, Size(batch=2))
+    assert price_blocks(model, Size(batch=2)).forward().flops == counted(model, inputs)
+
+
+def test_what_is_chosen_on_shapes_alone_is_chosen_in_turn() -> None:
+    scores = torch.empty(3, 4, device="meta")
+    with shapes_only():
+        values, indices = scores.topk(2, dim=-1)
+        kept = scores[scores > 0]
+        assert (values.device.type, indices.tolist()) == ("meta", [[0, 1], [2, 3], [0, 1]])
+        assert scores.topk(2, dim=0).indices.T.tolist() == [[0, 1], [2, 0], [1, 2], [0, 1]]
+        assert (scores.argmax(dim=-1).tolist(), scores.argmax().tolist()) == ([0, 1, 2], 0)
+        assert kept.shape == (12,)
 
 
 @pytest.mark.parametrize("name", ROWS)

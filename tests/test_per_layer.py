@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 import skipwise as sw
 from skipwise.blocks import find_contract
-from skipwise.per_layer import cut_setting
+from skipwise.per_layer import changed_settings, cut_setting
 from tests.tiny_models import DECODER, _lm
 
 S, F, L = "sliding_attention", "full_attention", "linear_attention"
@@ -280,3 +280,11 @@ def test_models_that_scale_blocks_by_number() -> None:
 )
 def test_settings(key: str, value: Any, kept: tuple[int, ...], left: Any) -> None:
     assert cut_setting(key, value, 4, kept) == left
+
+
+def test_a_config_whose_number_of_layers_is_read_from_another_setting() -> None:
+    """ProphetNet's `num_hidden_layers` refuses to be set; Funnel's comes of a list of sizes, which is no number."""
+    config = transformers.ProphetNetConfig(num_encoder_layers=3, num_decoder_layers=5)
+    assert changed_settings(config, 3, (0, 2)) == {"num_encoder_layers": 2}
+    with pytest.raises(sw.UserError, match="FunnelConfig takes no other number of layers"):
+        changed_settings(transformers.FunnelConfig(), 12, (0, 1))

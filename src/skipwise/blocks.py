@@ -18,10 +18,10 @@ from torch import Tensor, nn
 from skipwise.errors import UserError
 from skipwise.examples import example_inputs, on_meta, run_example, shapes_only
 from skipwise.numbering import find_numbering
-from skipwise.per_layer import computed_lists, names_of_layers
+from skipwise.per_layer import computed_lists, layer_list_names, names_layers, names_of_layers
 from skipwise.plan import ModelShape
 from skipwise.twins import twin
-from skipwise.wrapping import class_of, unwrap
+from skipwise.wrapping import block_lists, class_of, unwrap
 
 
 @dataclass(frozen=True)
@@ -46,7 +46,7 @@ class Stack:
     list, by which a caller gives things by block number (a ControlNet's residuals); carried: those of them that it also
     returns, for the next call; counts_config: the loop also looks
     up lists of the config by number; coupled: other lists whose block k shares weights with block k here
-    (DiffusionGemma's encoder), which lose the same blocks.
+    (DiffusionGemma's encoder), or its place in a cache, which lose the same blocks.
     """
 
     name: str
@@ -134,37 +134,26 @@ def _trace_contract(model: nn.Module, example: Mapping[str, Any] | None) -> Cont
     """The contract of a model that may be run."""
     lists = block_lists(model)
     on_meta_device = next(model.parameters()).is_meta
-    inputs = example_inputs(model) if example is None else on_meta(model, example) if on_meta_device else example
-    traces = trace_calls(model, lists, inputs)
+    if example is None:
+        example = example_inputs(model, whole=True)
+    elif on_meta_device:
+        example = on_meta(model, example)
+    traces = trace_calls(model, lists, example)
     refused: dict[str, str] = {}
     stacks: dict[str, Stack] = {}
     for name, blocks in lists.items():
-        reason = _refusal(traces[name].calls, blocks) or _collected(model, name, traces[name].calls)
+        calls = traces[name].calls
+        reason = _refusal(calls, blocks) or _collected(model, name, calls) or _picked(model, name)
         if reason:
             refused[name] = reason
         else:
             stacks[name] = _describe(model, name, traces[name])
-    _couple(stacks, refused, lists)
+    _couple(stacks, refused, lists, traces)
     architecture = type(model).__name__
     if not stacks:
         reasons = "; ".join(f"{name}: {reason}" for name, reason in refused.items()) or "it has no list of blocks"
         raise UnplannableError(f"{architecture} cannot be planned: {reasons}.")
     return Contract(architecture, _stream_width(stacks, traces), stacks, refused)
-
-
-def block_lists(model: nn.Module) -> dict[str, nn.ModuleList]:
-    """The outermost lists of two or more modules with parameters, by dotted path."""
-    found: dict[str, nn.ModuleList] = {}
-    for name, module in model.named_modules():
-        inside = any(name.startswith(outer + ".") for outer in found)
-        if (
-            isinstance(module, nn.ModuleList)
-            and len(module) > 1
-            and not inside
-            and any(True for _ in module.parameters())
-        ):
-            found[name] = module
-    return found
 
 
 def module_list(model: nn.Module, name: str) -> nn.ModuleList:
@@ -263,6 +252,17 @@ def _collected(model: nn.Module, name: str, calls: Sequence[Call]) -> str | None
     return f"its blocks also return something that is no stream (at place {made[0]}), which the model collects"
 
 
+def _picked(model: nn.Module, name: str) -> str | None:
+    """The reason to refuse when a module above the list's own picks states by the numbers of blocks (Mllama's)."""
+    length, *above = len(module_list(model, name)), *name.split(".")[:-2]
+    for depth in range(len(above) + 1):
+        path = ".".join(above[:depth])
+        for key, value in vars(model.get_submodule(path)).items():
+            if "layer" in key and isinstance(value, list | tuple) and names_layers(value, length):
+                return f"{path or 'the model'} picks states by the numbers of its blocks (`{key}`)"
+    return None
+
+
 def _links(call: Call, following: Call) -> tuple[Stream, ...]:
     """The streams between two consecutive calls: outputs of the first that are arguments of the second."""
     return tuple(
@@ -353,24 +353,25 @@ def layer_configs(model: nn.Module, name: str) -> list[Any]:
     return [config for config in unique if getattr(config, "num_hidden_layers", None) == len(blocks)]
 
 
-def layer_list_names(config: Any, length: int) -> list[str]:
-    """The config's attributes that hold one entry a layer, such as `layer_types` or `no_rope_layers`."""
-    return [
-        key
-        for key, value in vars(config).items()
-        if "layer" in key and isinstance(value, list | tuple) and len(value) == length
-    ]
-
-
-def _couple(stacks: dict[str, Stack], refused: dict[str, str], lists: Mapping[str, nn.ModuleList]) -> None:
-    """Merge, in place, stacks whose blocks share weights number by number: the last of them leads, others follow."""
+def _couple(
+    stacks: dict[str, Stack],
+    refused: dict[str, str],
+    lists: Mapping[str, nn.ModuleList],
+    traces: Mapping[str, Trace],
+) -> None:
+    """Merge, in place, stacks whose blocks share weights, or places in a cache (PI0's action expert reads what the
+    text's layers leave there), number by number: the last of them leads, others follow.
+    """
     names = list(stacks)
     for i, name in enumerate(names):
-        leader = next((later for later in names[i + 1 :] if _share_weights(lists[name], lists[later])), None)
-        if leader is not None:
-            coupled = (*stacks[leader].coupled, name, *stacks.pop(name).coupled)
-            stacks[leader] = replace(stacks[leader], coupled=coupled)
-            refused[name] = f"its blocks share their weights with {leader} and are skipped with them"
+        for leader in names[i + 1 :]:
+            weights = _share_weights(lists[name], lists[leader])
+            if weights or _share_cache(traces[name], traces[leader]):
+                coupled = (*stacks[leader].coupled, name, *stacks.pop(name).coupled)
+                stacks[leader] = replace(stacks[leader], coupled=coupled)
+                shared = "their weights" if weights else "a cache"
+                refused[name] = f"its blocks share {shared} with {leader} and are skipped with them"
+                break
 
 
 def _share_weights(blocks: nn.ModuleList, others: nn.ModuleList) -> bool:
@@ -379,6 +380,15 @@ def _share_weights(blocks: nn.ModuleList, others: nn.ModuleList) -> bool:
     return all(
         {id(p) for p in a.parameters()} & {id(p) for p in b.parameters()} for a, b in zip(blocks, others, strict=True)
     )
+
+
+def _share_cache(trace: Trace, other: Trace) -> bool:
+    """Whether the blocks of two lists, as many, were handed one object that keeps something of every layer."""
+    ours, theirs = (
+        {id(value) for call in each.calls for value in call.arguments.values() if hasattr(value, "get_seq_length")}
+        for each in (trace, other)
+    )
+    return len(trace.calls) == len(other.calls) and bool(ours & theirs)
 
 
 def _stream_width(stacks: Mapping[str, Stack], traces: Mapping[str, Trace]) -> int:

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from skipwise.errors import UserError
+from skipwise.examples import check_text_alone
 from skipwise.models import kind_of, mask_token
 from skipwise.wrapping import unwrap
 
@@ -121,6 +122,7 @@ class Calibration:
     facts: dict[str, Any] = field(init=False)
 
     def __post_init__(self) -> None:
+        check_text_alone(self.model, "calibrated on", whole=True)
         self.facts = fingerprint(self.samples)
 
     @classmethod

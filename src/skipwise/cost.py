@@ -3,8 +3,9 @@
 FLOPs follow from formulas, evaluated on the shapes of one forward: a matrix product of (rows, inner) by (inner,
 columns) costs 2 * rows * inner * columns; attention 2 * queries * keys * (key width + value width) for every head and
 example, masked or not; a convolution 2 * outputs * inputs per output. Everything else is not counted, as in the papers
-and in torch's own counter, against which the tests hold this one. A quantised layer costs the FLOPs of the plain one,
-and the bytes that are stored.
+and in torch's own counter, against which the tests hold this one. Tokens are taken to meet
+experts evenly, each token as many as it is routed to. A quantised layer costs the FLOPs of the plain one, and the bytes
+that are stored.
 """
 
 import math
@@ -235,7 +236,8 @@ def _price(model: nn.Module, size: Size, contract: Contract, example: Mapping[st
         name: tuple(meter.prices.get((name, i), Price()) for i in range(stack.length))
         for name, stack in contract.stacks.items()
     }
-    linear = {name: _linear_map(streams[name]) for name in blocks}
+    # what looks at pictures alone does not run on text, and costs nothing then
+    linear = {name: _linear_map(streams[name]) if name in streams else Price() for name in blocks}
     outside, made = meter.prices.get(None, Price()), meter.prices.get(HEAD, Price())
     return Prices(blocks, outside + made, linear, size, made)
 

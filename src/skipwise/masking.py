@@ -19,8 +19,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
-from skipwise.blocks import Contract, bind, block_lists, find_contract, module_list
+from skipwise.blocks import Contract, bind, find_contract, module_list
 from skipwise.errors import UserError, unknown
+from skipwise.wrapping import block_lists
 
 TEXT = "encoder_hidden_states"  # diffusers' name for the text among a block's arguments
 Queries = Literal["image", "all"]

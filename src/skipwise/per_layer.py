@@ -5,6 +5,7 @@ numbers (Bamba's `attn_layer_indices`), by a count of the first ones (`first_k_d
 `attention_types`), and by a rule from which a property computes a list (Jamba's `attn_layer_period`).
 """
 
+import copy
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
@@ -29,10 +30,6 @@ RUNS = ("attention_types",)
 CYCLES = ("block_types",)
 # a letter for each layer
 LETTERS = ("hybrid_override_pattern",)
-
-
-# configs that refuse to have num_hidden_layers set
-FIXED_DEPTH = ("ProphetNetConfig", "FunnelConfig")
 
 
 def cut_setting(key: str, value: Any, length: int, kept: Sequence[int]) -> Any:
@@ -78,6 +75,15 @@ def _expanded(value: Any, length: int) -> list[Any]:
     return kinds if len(kinds) == length else []
 
 
+def layer_list_names(config: Any, length: int) -> list[str]:
+    """The config's attributes that hold one entry a layer, such as `layer_types` or `no_rope_layers`."""
+    return [
+        key
+        for key, value in vars(config).items()
+        if "layer" in key and isinstance(value, list | tuple) and len(value) == length
+    ]
+
+
 def computed_lists(config: Any, length: int) -> Mapping[str, list[Any]]:
     """The lists with an entry for each layer that properties of this config compute (Jamba's `layers_block_type`)."""
     found = {}
@@ -116,8 +122,6 @@ def changed_settings(config: Any, length: int, kept: Sequence[int]) -> dict[str,
             f"{type(config).__name__} scales every block's weights by its number (rescale_every is "
             f"{config.rescale_every}), so that only the last can be left out; set rescale_every to 0 in config.json."
         )
-    if type(config).__name__ in FIXED_DEPTH:
-        raise UserError(f"{type(config).__name__} takes no other number of layers, so that no block can be left out.")
     given = vars(config)
     changed = {name: cut_setting(name, value, length, kept) for name, value in given.items()}
     changed = {name: value for name, value in changed.items() if value is not given[name]}
@@ -127,7 +131,20 @@ def changed_settings(config: Any, length: int, kept: Sequence[int]) -> dict[str,
             new: spec.per_layer_overrides[old] for new, old in enumerate(kept) if old in spec.per_layer_overrides
         }
         changed["_heterogeneity_spec"] = replace(spec, per_layer_overrides=overrides)
-    return changed | {"num_hidden_layers": len(kept)}
+    return changed | {_depth(config, length): len(kept)}
+
+
+def _depth(config: Any, length: int) -> str:
+    """The setting that says how many layers there are, or, where that refuses to be set (ProphetNet), its source."""
+    for name in ("num_hidden_layers", *(name for name, value in vars(config).items() if value == length)):
+        other = copy.copy(config)
+        try:
+            setattr(other, name, length - 1)
+        except NotImplementedError:
+            continue
+        if name == "num_hidden_layers" or other.num_hidden_layers == length - 1:
+            return name
+    raise UserError(f"{type(config).__name__} takes no other number of layers, so that no block can be left out.")
 
 
 def names_of_layers(config: Any, length: int) -> set[str]:

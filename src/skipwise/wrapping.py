@@ -57,3 +57,18 @@ def class_of(module: nn.Module) -> type[nn.Module]:
 
 def _is_mixed(cls: type) -> bool:
     return "mixed_in" in vars(cls) or SHARDED in (ancestor.__name__ for ancestor in cls.__mro__)
+
+
+def block_lists(model: nn.Module) -> dict[str, nn.ModuleList]:
+    """The outermost lists of two or more modules with parameters, by dotted path."""
+    found: dict[str, nn.ModuleList] = {}
+    for name, module in model.named_modules():
+        inside = any(name.startswith(outer + ".") for outer in found)
+        if (
+            isinstance(module, nn.ModuleList)
+            and len(module) > 1
+            and not inside
+            and any(True for _ in module.parameters())
+        ):
+            found[name] = module
+    return found

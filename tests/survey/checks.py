@@ -52,7 +52,7 @@ def survey(model: nn.Module) -> dict[str, str]:
     contract: list[Contract] = []
 
     def contracted() -> str:
-        inputs.update(example_inputs(model, Size(batch=2)))
+        inputs.update(example_inputs(model, Size(batch=2), whole=True))
         contract.append(find_contract(model))
         return RIGHT
 
@@ -63,9 +63,9 @@ def survey(model: nn.Module) -> dict[str, str]:
         found.skip = _asked(lambda: check_skip(model, known, inputs))
         found.export = _asked(lambda: check_export(model, known, inputs))
         if found.kind in ("autoregressive", "masked diffusion", "block diffusion"):
-            found.generate = _asked(lambda: check_generate(model, known))
+            found.generate = _asked_of_text(model, inputs, lambda: check_generate(model, known))
         if found.kind != "image or video diffusion":
-            found.analyse = _asked(lambda: check_analysis(model))
+            found.analyse = _asked_of_text(model, inputs, lambda: check_analysis(model))
     return asdict(found)
 
 
@@ -79,6 +79,20 @@ def _asked(check: Callable[[], str]) -> str:
         return (REFUSED if "\n" not in text else WRONG + "a refusal of several lines: ") + " ".join(text.split())
     except Exception as error:
         return f"{WRONG}{type(error).__name__}: {' '.join(str(error).split())[:300]}"
+
+
+TEXT = ("input_ids", "decoder_input_ids", "use_cache")
+
+
+def _asked_of_text(model: nn.Module, inputs: dict[str, Any], check: Callable[[], str]) -> str:
+    """Not asked of a class that itself does not run on rows of text and nothing else; such must be refused."""
+    verdict = _asked(check)
+    text = {name: value[:2] if torch.is_tensor(value) else value for name, value in inputs.items() if name in TEXT}
+    try:
+        output(model, text)
+    except Exception:
+        return NOT_ASKED if verdict.startswith(REFUSED) else f"{WRONG}runs on text alone, which the class does not"
+    return verdict
 
 
 def skip_sets(length: int) -> list[set[int]]:

@@ -27,7 +27,8 @@ transformer, built tiny with random weights and tried. `make models` makes this 
   diffusion model, the same sampler): the same tokens; a class that itself writes otherwise with its cache, as it does.
 - **analyse**: `sw.analyze` runs, and all that it measures is finite.
 
-`n/a` is not asked of that kind of model. A refusal is one line with its reason; nothing is changed or written then.
+`n/a` is not asked of that kind of model, nor of one that does not run on text alone. A refusal is one line
+with its reason; nothing is changed or written then.
 """
 
 

@@ -13,9 +13,9 @@ SPREAD = 0.12  # of the random weights: blocks matter, and no row overflows floa
 SIZES: list[tuple[str, int | None]] = [
     (r"(.*_)?vocab_size(_.*)?|.*_vocabulary|n_vocab", VOCABULARY),
     (r".*_token_(id|index|ids)|index_.*_token", None),  # below the vocabulary
-    (r"num_hidden_layers|(n|num)_layers?|(encoder|decoder)_layers|num_(encoder|decoder)_layers|n_layer|depth", LAYERS),
+    (r"(num_hidden_|n_|num_|(num_)?(en|de)coder_)?layers|(n|num)_layer|depth", LAYERS),
     (r"(swa_)?num_key_value_heads|num_kv_heads|n_head_kv|multi_query_group_num|kv_n_heads", KV_HEADS),
-    (r".*num_attention_heads|n_heads?|num_heads|(encoder|decoder)_attention_heads|n_head", HEADS),
+    (r".*num_attention_heads|attention_heads|n_heads?|num_heads|(encoder|decoder)_attention_heads|n_head", HEADS),
     (r"(.*_)?head_dim|d_kv|head_size|attention_head_size|rotary_dim", HEAD),
     (r"hidden_size|d_model|n_embd|dim|emb_dim|embed_dim|embedding_size|word_embed_proj_dim|.*_hidden_size", WIDTH),
     (r"hidden_dim|text_embed_dim|projection_dim|out_hidden_size|output_dim|n_embed|lru_width", WIDTH),
@@ -29,10 +29,12 @@ SIZES: list[tuple[str, int | None]] = [
     (r"max_position_embeddings|n_positions|n_ctx|max_(source|target)_positions|max_seq_len.*", 64),
     (r"(.*_)?sliding_window(_size)?|window_size|attention_window_size|attention_chunk_size|local_attention", 4),
     (r"(mamba_)?chunk_size", 8),
+    (r"num_query_tokens|latent_query_num", 4),
     (r"image_size", 32),
     (r"patch_size", 16),
 ]
 
+PICTURE_TOKEN = r"(image|video)_token_(id|index)"
 ROPE = {"rope_type": "default", "rope_theta": 1e4}
 # what the names do not say: class of a model -> fields of its config, those of a part as "text_config.field"
 CHANGES: dict[str, dict[str, Any]] = {
@@ -40,11 +42,16 @@ CHANGES: dict[str, dict[str, Any]] = {
     "JambaForCausalLM": {"num_hidden_layers": 6, "attn_layer_period": 2, "attn_layer_offset": 1},
     "BambaForCausalLM": {"num_hidden_layers": 6, "attn_layer_indices": [1, 3, 4], "mamba_n_heads": 8},
     "FalconH1ForCausalLM": {"mamba_d_ssm": 128, "mamba_n_heads": 8, "mamba_d_head": 16, "mamba_d_state": 16},
+    "MllamaForConditionalGeneration": {
+        "vision_config.intermediate_layers_indices": [0, 2],
+        "vision_config.vision_output_dim": 3 * WIDTH,
+    },
     "MobileBertForMaskedLM": {"intra_bottleneck_size": 64},
     "MobileBertModel": {"intra_bottleneck_size": 64},
     "HunYuanVLForConditionalGeneration": {"text_config.rope_parameters": ROPE | {"mrope_section": [2, 2, 2, 2]}},
-    "LongT5ForConditionalGeneration": {"decoder_start_token_id": 0},
-    "Mistral4ForCausalLM": {"rope_parameters": ROPE},
+    "Mistral4ForCausalLM": {
+        "rope_parameters": ROPE | {"llama_4_scaling_beta": 0.1, "original_max_position_embeddings": 8}
+    },
     "Qwen2_5OmniThinkerForConditionalGeneration": {"vision_start_token_id": 5},
     "Qwen3OmniMoeThinkerForConditionalGeneration": {"vision_start_token_id": 5},
     "ReformerModelWithLMHead": {"is_decoder": True, "axial_pos_embds_dim": [16, 48], "axial_pos_shape": [8, 8]},
@@ -57,6 +64,9 @@ CHANGES: dict[str, dict[str, Any]] = {
         "layer_types": ["mamba", "attention"] * 3,
         "num_hidden_layers": 6,
         "mamba_n_heads": 8,
+    },
+    "Nemotron3_5TranscribeForConditionalGeneration": {
+        "text_config.layers_block_type": ["linear_attention", "full_attention", "mlp"] * 2
     },
     "NemotronHForCausalLM": {"layers_block_type": ["mamba", "attention", "mlp"] * 2, "num_hidden_layers": 6},
     "Zamba2ForCausalLM": {
@@ -78,7 +88,6 @@ CHANGES: dict[str, dict[str, Any]] = {
     "RecurrentGemmaForCausalLM": {"num_hidden_layers": 6},
     "EncoderDecoderModel": {"decoder_start_token_id": 1},
     "T5GemmaEncoderModel": {"is_encoder_decoder": False},
-    "T5ForConditionalGeneration": {"decoder_start_token_id": 0},
     "XmodForCausalLM": {"default_language": "en_XX", "is_decoder": True},
     "XmodForMaskedLM": {"default_language": "en_XX"},
 }
@@ -114,14 +123,19 @@ def _shrunk(default: Any, changes: dict[str, Any]) -> Any:
             fields[name] = _shrunk(value, part)
         elif type(value) is int and not name.startswith("_"):
             fields[name] = _small(name, value)
+    missing = (name for name, value in vars(default).items() if value is None and re.fullmatch(PICTURE_TOKEN, name))
+    fields |= dict.fromkeys(missing, VOCABULARY - 1)
     if vars(default).get("head_dim", HEAD) is None:
         fields["head_dim"] = HEAD
     if "qk_head_dim" in fields:
         fields["qk_head_dim"] = 2 * HEAD  # with positions and without
+    if default.is_encoder_decoder and getattr(default, "decoder_start_token_id", None) is None:
+        fields["decoder_start_token_id"] = 0
     _keep_all_heads(default, fields)
     _shrink_sections(default, fields)
     fields |= {key: value for key, value in changes.items() if "." not in key}
-    return type(default)(**{key: value for key, value in fields.items() if value != default.__dict__.get(key)})
+    usual = vars(type(default)())  # of a part, which may have been given others
+    return type(default)(**{key: value for key, value in fields.items() if value != usual.get(key)})
 
 
 def _small(name: str, value: int) -> int:

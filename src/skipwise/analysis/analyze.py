@@ -13,7 +13,7 @@ from skipwise.blocks import Contract, find_contract
 from skipwise.calibration import Text, fingerprint
 from skipwise.cost import price_blocks
 from skipwise.errors import UserError, unknown
-from skipwise.examples import Size
+from skipwise.examples import Size, check_text_alone
 from skipwise.finite import is_finite, not_finite
 from skipwise.models import kind_of
 from skipwise.skipping import whole
@@ -56,13 +56,15 @@ def analyze(
 
     Under `accelerate launch` or torch.distributed the batches are shared out, and every process returns the statistics
     of all. on_progress(done, total) is called after every batch of this process.
-    Raises UserError for an empty list of texts, for unknown parts, and for a model whose numbers are not finite.
+    Raises UserError for an empty list of texts, for unknown parts, for a model that does not run on text alone, and for
+    one whose numbers are not finite.
     """
     model = unwrap(model)
     if kind_of(model) == "block diffusion":
         raise UserError(
             f"{type(model).__name__} cannot be analysed: it reads a prompt and writes a canvas by its own sampler."
         )
+    check_text_alone(model, "analysed over", whole=True)
     parts = check_parts(parts)
     samples = tokenize(tokenizer, texts, max_tokens)
     settings = {"noise_levels": noise_levels, "step_bins": step_bins, "max_steps": max_steps, "seed": seed}

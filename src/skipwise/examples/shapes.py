@@ -1,6 +1,6 @@
 """Running a model for its shapes alone, on the meta device."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -11,6 +11,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_any, tree_map_only
 
 _GROUPED_MM = torch.ops.aten._grouped_mm.default
+_HISTC = torch.ops.aten.histc.default
 _CONSTANTS = {getattr(torch.ops.aten, name).default for name in ("ones", "zeros", "full", "arange", "linspace")} | {
     torch.ops.aten.arange.start,
     torch.ops.aten.arange.start_step,
@@ -21,11 +22,33 @@ _COMPARING = {"take_along_dim", "meshgrid"}
 _MOVED = torch.ops.aten._to_copy.default
 
 
+def _top_k(result: Any, scores: Tensor, k: int, dim: int = -1, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
+    rows = result[1].movedim(dim, -1).shape
+    return result[0], _in_turn(rows, scores.shape[dim]).movedim(-1, dim)
+
+
+def _argmax(result: Tensor, scores: Tensor, dim: int | None = None, *_: Any, **__: Any) -> Tensor:
+    return _in_turn(result.shape, scores.numel() if dim is None else scores.shape[dim])
+
+
+def _in_turn(shape: torch.Size, choices: int) -> Tensor:
+    """Real indices: 0, 1, 2, ... along all rows, and after the last choice the first again."""
+    return torch.arange(shape.numel()).remainder(choices).view(shape)
+
+
+_CHOOSING: dict[Any, Callable[..., Any]] = {
+    torch.ops.aten.topk.default: _top_k,
+    torch.ops.aten.argmax.default: _argmax,
+}
+
+
 class Shapes(TorchDispatchMode):
     """Runs an op for real where all its tensors are real, and for its shapes alone as soon as one is on meta.
 
     torch refuses to mix the two; models do it when they compute rotary tables on the CPU or read lengths off a mask.
     Small masks and positions that a forward makes, or moves to where its weights are, stay real: it may look at them.
+    So is what it chooses (`topk`, `argmax`), as models loop over the experts that were chosen: of scores that nobody
+    knows it is made in turn. Every token meets as many experts as it would, and every expert as many tokens.
     """
 
     def __init__(self) -> None:
@@ -43,9 +66,13 @@ class Shapes(TorchDispatchMode):
                 kwargs["device"] = torch.device("meta")
             if func is _GROUPED_MM:  # mixtures of experts: its own meta kernel refuses float32
                 return args[0] @ args[1][0]  # the same shape and FLOPs: each row meets one expert
+            if func in _CHOOSING:
+                return _CHOOSING[func](func(*args, **kwargs), *args, **kwargs)
         elif (func in _CONSTANTS or func is _MOVED) and torch.device(kwargs.get("device") or "cpu").type == "meta":
             made = func(*args, **kwargs)
             return func(*args, **kwargs | {"device": "cpu"}) if made.numel() <= _SMALL else made
+        elif func is _HISTC:  # mixtures of experts: models give the CPU floats, and others the numbers of the experts
+            args = (args[0].float(), *args[1:])
         return func(*args, **kwargs)
 
 
@@ -71,11 +98,14 @@ def _is_meta(leaf: Any) -> bool:
 
 
 def _places(indices: Sequence[Tensor | None]) -> list[Tensor | None]:
-    """Indices with real masks as the places that they keep: how many these are, a mask on meta cannot tell."""
+    """Indices with masks as the places that they keep: all, where nobody knows what the mask says."""
     places: list[Tensor | None] = []
     for index in indices:
-        is_mask = index is not None and index.dtype is torch.bool and not index.is_meta
-        places += index.nonzero(as_tuple=True) if is_mask else [index]  # type: ignore[union-attr]
+        if index is None or index.dtype is not torch.bool:
+            places.append(index)
+        else:
+            known = torch.ones(index.shape, dtype=torch.bool) if index.is_meta else index
+            places += known.nonzero(as_tuple=True)
     return places
 
 

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from skipwise.errors import UserError
+from skipwise.examples import check_text_alone
 from skipwise.models import end_of_text
 
 Ids = Tensor | Sequence[Sequence[int]]
@@ -19,8 +20,10 @@ def read_prompts(
 
     input_ids: a tensor or an array of integers, or lists of them, one a prompt, which are padded on the left when they
     are of unequal length; attention_mask: 0 on padding; token_type_ids: of tokenizers that make them, all 0.
-    Raises UserError for an empty list of prompts, for padding on the right and for what holds no token ids.
+    Raises UserError for an empty list of prompts, for padding on the right, for what holds no token ids, and for a
+    model that does not run on text alone.
     """
+    check_text_alone(model, "asked to continue")
     if isinstance(input_ids, Mapping):
         raise UserError("These are a tokenizer's outputs; hand them over by name: generate(model, **inputs).")
     if attention_mask is None and _is_ragged(input_ids):
