@@ -63,6 +63,15 @@ def test_decoding_ends_and_names_the_block(name: str, broken: tuple[nn.Module, A
         sw.generate(model, ids, gen_length=4, **SETTINGS[name])
 
 
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_an_autoregressive_model_is_named_too(temperature: float) -> None:
+    model, tokenizer = sw.load("tiny-ar")
+    with torch.no_grad():
+        model.model.layers[3].mlp.down_proj.weight[0, 0] = float("nan")
+    with pytest.raises(UserError, match=BROKEN):
+        sw.generate(model, tokenizer(["a1+1="])["input_ids"], gen_length=4, temperature=temperature)
+
+
 def test_what_runs_a_model_names_the_block(broken: tuple[nn.Module, Any], overflowing: Any, tmp_path: Path) -> None:
     for (model, tokenizer), match in ((broken, BROKEN), (overflowing, OVERFLOW)):
         calibration = Calibration.of(model, tokenizer, TEXTS)

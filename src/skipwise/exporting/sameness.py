@@ -7,11 +7,11 @@ from typing import Any
 from torch import nn
 
 from skipwise.blocks import Contract, find_contract, layer_configs, layer_list_names
+from skipwise.cuts import Cut, cutting
 from skipwise.errors import UserError
 from skipwise.exporting.keeping import Kept, is_share, kept_of, slices
 from skipwise.kept import KEPT_STATE, running_modules
 from skipwise.plan import Plan
-from skipwise.skipping import Cut, cutting
 from skipwise.wrapping import class_of
 
 OF_SHAPE = " of shape"

@@ -6,15 +6,18 @@ model decodes without a cache under a plan: the same tokens, in more time.
 
 import warnings
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 from weakref import WeakSet
 
 import torch
 from torch import Tensor
-from transformers import StoppingCriteriaList
+from transformers import LogitsProcessor, LogitsProcessorList, StoppingCriteriaList
 
 from skipwise.errors import UserError
+from skipwise.finite import Watch, not_finite
 from skipwise.skipping import cut_now
+from skipwise.typed import check_types
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -25,6 +28,7 @@ class AutoregressiveSettings:
     stopping_criteria: StoppingCriteriaList | None = None
 
     def __post_init__(self) -> None:
+        check_types(self)
         if self.temperature < 0:
             raise UserError(f"temperature={self.temperature} is negative; 0 is greedy, 1 is the model's distribution.")
 
@@ -85,9 +89,35 @@ def _is_planned(model: Any) -> bool:
 
 
 def _decode(model: Any, input_ids: Tensor, seed: int, keywords: dict[str, Any], use_cache: bool) -> Tensor:
-    torch.manual_seed(seed)
-    sequences: Tensor = model.generate(input_ids, use_cache=use_cache, **keywords)
+    watching = _Watching()
+    if keywords["do_sample"]:
+        torch.manual_seed(seed)
+    try:
+        sequences: Tensor = model.generate(
+            input_ids, use_cache=use_cache, logits_processor=LogitsProcessorList([watching]), **keywords
+        )
+    except RuntimeError as error:  # no draw is made from probabilities that are none
+        if not watching.is_fine:
+            raise not_finite(model, partial(model, input_ids=input_ids)) from error
+        raise
+    if not watching.is_fine:
+        raise not_finite(model, partial(model, input_ids=input_ids))
     return sequences
+
+
+class _Watching(LogitsProcessor):
+    """Sees whether all logits are finite, and leaves them as they are."""
+
+    def __init__(self) -> None:
+        self.watch = Watch()
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        self.watch.add(scores)
+        return scores
+
+    @property
+    def is_fine(self) -> bool:
+        return bool(self.watch.fine(torch.device("cpu")))
 
 
 def _without_cache(model: Any, input_ids: Tensor, seed: int, keywords: dict[str, Any], error: Exception) -> Tensor:
