@@ -30,12 +30,19 @@ SIZES: list[tuple[str, int | None]] = [
     (r"(.*_)?sliding_window(_size)?|window_size|attention_window_size|attention_chunk_size|local_attention", 4),
     (r"(mamba_)?chunk_size", 8),
     (r"num_query_tokens|latent_query_num", 4),
-    (r"image_size", 32),
+    (r"image_size|base_channels", 32),
     (r"patch_size", 16),
 ]
 
 PICTURE_TOKEN = r"(image|video)_token_(id|index)"
 ROPE = {"rope_type": "default", "rope_theta": 1e4}
+QWEN4 = {
+    "indexer_n_heads": HEADS,
+    "indexer_kv_heads": 1,
+    "indexer_head_dim": HEAD,
+    "indexer_budget": 8,
+    "indexer_compress_ratio": 2,
+}
 # what the names do not say: class of a model -> fields of its config, those of a part as "text_config.field"
 CHANGES: dict[str, dict[str, Any]] = {
     # of two kinds of layers at least two of each are left when any one is skipped
@@ -65,14 +72,39 @@ CHANGES: dict[str, dict[str, Any]] = {
         "num_hidden_layers": 6,
         "mamba_n_heads": 8,
     },
-    "Nemotron3_5TranscribeForConditionalGeneration": {
-        "text_config.layers_block_type": ["linear_attention", "full_attention", "mlp"] * 2
-    },
-    "NemotronHForCausalLM": {"layers_block_type": ["mamba", "attention", "mlp"] * 2, "num_hidden_layers": 6},
     "Zamba2ForCausalLM": {
         "layers_block_type": ["mamba", "hybrid"] * 3,
         "num_hidden_layers": 6,
         "attention_hidden_size": 128,
+    },
+    "CohereCompassForCausalLM": {"rope_parameters": {"full_attention": ROPE}},
+    "CohereCompassForConditionalGeneration": {"text_config.rope_parameters": {"full_attention": ROPE}},
+    "DeepseekOcr2ForConditionalGeneration": {
+        "text_config.mlp_layer_types": ["dense", "sparse"] * 2,
+        "text_config.num_experts_per_tok": 2,
+        "text_config.topk_method": "greedy",
+    },
+    "Ernie4_5_VLMoeForConditionalGeneration": {"text_config.rope_parameters": ROPE | {"mrope_section": [3, 3, 2]}},
+    "Gemma3nForCausalLM": {
+        "layer_types": ["sliding_attention", "full_attention"] * 3,
+        "num_hidden_layers": 6,
+        "num_kv_shared_layers": 2,
+    },
+    "Granite4VisionForConditionalGeneration": {
+        "deepstack_layer_map": [[1, 0]],
+        "spatial_target_layers": [1],
+        "downsample_rate": "1/2",
+    },
+    "Molmo2ForConditionalGeneration": {"adapter_config.vision_feature_layer": [3, 1]},
+    "Qwen4ExpForCausalLM": QWEN4,
+    "Qwen4ExpForConditionalGeneration": {
+        f"text_config.{name}": value for name, value in (QWEN4 | {"num_hidden_layers": 8}).items()
+    },
+    "ZambaForCausalLM": {
+        "layers_block_type": ["mamba", "hybrid"] * 3,
+        "num_hidden_layers": 6,
+        "attention_hidden_size": 2 * WIDTH,
+        "attention_head_dim": 2 * HEAD,
     },
     "ChameleonForConditionalGeneration": {"vocabulary_map": {"<image>": 5}},
     "Emu3ForConditionalGeneration": {"vocabulary_map": {"<image>": 5}},
@@ -125,6 +157,10 @@ def _shrunk(default: Any, changes: dict[str, Any]) -> Any:
             fields[name] = _small(name, value)
     missing = (name for name, value in vars(default).items() if value is None and re.fullmatch(PICTURE_TOKEN, name))
     fields |= dict.fromkeys(missing, VOCABULARY - 1)
+    kinds = vars(default).get("layers_block_type")
+    if isinstance(kinds, list):  # two of each
+        fields["layers_block_type"] = 2 * list(dict.fromkeys(kinds))
+        fields["num_hidden_layers"] = len(fields["layers_block_type"])
     if vars(default).get("head_dim", HEAD) is None:
         fields["head_dim"] = HEAD
     if "qk_head_dim" in fields:
@@ -135,7 +171,8 @@ def _shrunk(default: Any, changes: dict[str, Any]) -> Any:
     _shrink_sections(default, fields)
     fields |= {key: value for key, value in changes.items() if "." not in key}
     usual = vars(type(default)())  # of a part, which may have been given others
-    return type(default)(**{key: value for key, value in fields.items() if value != usual.get(key)})
+    changed = {key: value for key, value in fields.items() if hasattr(value, "to_dict") or value != usual.get(key)}
+    return type(default)(**changed)
 
 
 def _small(name: str, value: int) -> int:
