@@ -11,13 +11,13 @@ SPREAD = 0.12  # of the random weights: blocks matter, and no row overflows floa
 
 # name of a field -> its tiny value; the first pattern that fits the whole name
 SIZES: list[tuple[str, int | None]] = [
-    (r"(.*_)?vocab_size(_.*)?|.*_vocabulary|n_vocab", VOCABULARY),
+    (r"(.*_)?vocab_size(_.*)?|.*_vocab(ulary)?|n_vocab", VOCABULARY),
     (r".*_token_(id|index|ids)|index_.*_token", None),  # below the vocabulary
     (r"(num_hidden_|n_|num_|(num_)?(en|de)coder_)?layers|(n|num)_layer|depth", LAYERS),
     (r"(swa_)?num_key_value_heads|num_kv_heads|n_head_kv|multi_query_group_num|kv_n_heads", KV_HEADS),
     (r".*num_attention_heads|attention_heads|n_heads?|num_heads|(encoder|decoder)_attention_heads|n_head", HEADS),
     (r"(.*_)?head_dim|d_kv|head_size|attention_head_size|rotary_dim", HEAD),
-    (r"hidden_size|d_model|n_embd|dim|emb_dim|embed_dim|embedding_size|word_embed_proj_dim|.*_hidden_size", WIDTH),
+    (r"hidden_size(_global)?|d_model|d_latents|n_embd|dim|emb_dim|embed_dim|embedding_size|word_embed_proj_dim|.*_hidden_size", WIDTH),
     (r"hidden_dim|text_embed_dim|projection_dim|out_hidden_size|output_dim|n_embed|lru_width", WIDTH),
     (r"(moe|.*expert)_(intermediate|ffn)(_hidden)?_(size|dim)|moe_ffn_dim|share_expert_dim", 16),
     (r".*intermediate_size|.*ffn_dim|d_ff|n_inner|.*ffn_hidden_size|mlp_dim|dim_ff|d_inner", 48),
@@ -29,7 +29,7 @@ SIZES: list[tuple[str, int | None]] = [
     (r"max_position_embeddings|n_positions|n_ctx|max_(source|target)_positions|max_seq_len.*", 64),
     (r"(.*_)?sliding_window(_size)?|window_size|attention_window_size|attention_chunk_size|local_attention", 4),
     (r"(mamba_)?chunk_size", 8),
-    (r"num_query_tokens|latent_query_num", 4),
+    (r"num_query_tokens|latent_query_num|num_filters|num_self_attends_per_block", 4),
     (r"image_size|base_channels", 32),
     (r"patch_size", 16),
 ]
@@ -79,6 +79,12 @@ CHANGES: dict[str, dict[str, Any]] = {
     },
     "CohereCompassForCausalLM": {"rope_parameters": {"full_attention": ROPE}},
     "CohereCompassForConditionalGeneration": {"text_config.rope_parameters": {"full_attention": ROPE}},
+    "Florence2ForConditionalGeneration": {
+        "vision_config.embed_dim": (8, 16, 32, 64),
+        "vision_config.num_groups": (1, 1, 2, 4),
+        "vision_config.num_heads": (1, 1, 2, 4),
+    },
+    "MuseSparkForConditionalGeneration": {"audio_config.hidden_sizes": (8, 16, 32, 64)},
     "DeepseekOcr2ForConditionalGeneration": {
         "text_config.mlp_layer_types": ["dense", "sparse"] * 2,
         "text_config.num_experts_per_tok": 2,
