@@ -15,6 +15,7 @@ from skipwise.blocks import find_contract
 from skipwise.evaluation import calibration_texts
 from skipwise.sampling import Denoiser, LLaDASettings
 from skipwise.sampling.llada import decode
+from tests.survey.classes import build
 from tests.tiny_models import ROWS, example
 
 TEXTS = [("s3141592=", "1123459"), ("r3141592=", "2951413"), ("a123+456=", "9750")]  # 16, 16 and 13 tokens
@@ -270,3 +271,13 @@ def test_bert_is_read_too() -> None:
     analysis = sw.analyze(ROWS["bert"](), Letters(), ["hello world", "a text"])
     assert analysis.kind == "encoder"
     assert analysis.tensors["bert.encoder.layer/similarity"].shape == (5, 5)
+
+
+def test_states_are_by_text_where_several_streams_come_first() -> None:
+    """Gemma3n's are (streams, texts, tokens, width)."""
+    model = build("Gemma3nForCausalLM")
+    reader = StateReader(model, find_contract(model).stacks["model.layers"])
+    with reader.reading(), torch.no_grad():
+        model(input_ids=torch.arange(14).view(2, 7))
+        states = reader.take()
+    assert [tuple(state.shape) for state in states] == [(2, 7, 4 * 64)] * 7

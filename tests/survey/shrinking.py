@@ -11,13 +11,13 @@ SPREAD = 0.12  # of the random weights: blocks matter, and no row overflows floa
 
 # name of a field -> its tiny value; the first pattern that fits the whole name
 SIZES: list[tuple[str, int | None]] = [
-    (r"(.*_)?vocab_size(_.*)?|.*_vocabulary|n_vocab", VOCABULARY),
+    (r"(.*_)?vocab_size(_.*)?|.*_vocab(ulary)?|n_vocab", VOCABULARY),
     (r".*_token_(id|index|ids)|index_.*_token", None),  # below the vocabulary
     (r"(num_hidden_|n_|num_|(num_)?(en|de)coder_)?layers|(n|num)_layer|depth", LAYERS),
     (r"(swa_)?num_key_value_heads|num_kv_heads|n_head_kv|multi_query_group_num|kv_n_heads", KV_HEADS),
     (r".*num_attention_heads|attention_heads|n_heads?|num_heads|(encoder|decoder)_attention_heads|n_head", HEADS),
     (r"(.*_)?head_dim|d_kv|head_size|attention_head_size|rotary_dim", HEAD),
-    (r"hidden_size|d_model|n_embd|dim|emb_dim|embed_dim|embedding_size|word_embed_proj_dim|.*_hidden_size", WIDTH),
+    (r"hidden_size(_global)?|d_model|d_latents|n_embd|dim|emb_dim|embed_dim|embedding_size|word_embed_proj_dim|.*_hidden_size", WIDTH),
     (r"hidden_dim|text_embed_dim|projection_dim|out_hidden_size|output_dim|n_embed|lru_width", WIDTH),
     (r"(moe|.*expert)_(intermediate|ffn)(_hidden)?_(size|dim)|moe_ffn_dim|share_expert_dim", 16),
     (r".*intermediate_size|.*ffn_dim|d_ff|n_inner|.*ffn_hidden_size|mlp_dim|dim_ff|d_inner", 48),
@@ -29,13 +29,20 @@ SIZES: list[tuple[str, int | None]] = [
     (r"max_position_embeddings|n_positions|n_ctx|max_(source|target)_positions|max_seq_len.*", 64),
     (r"(.*_)?sliding_window(_size)?|window_size|attention_window_size|attention_chunk_size|local_attention", 4),
     (r"(mamba_)?chunk_size", 8),
-    (r"num_query_tokens|latent_query_num", 4),
-    (r"image_size", 32),
+    (r"num_query_tokens|latent_query_num|num_filters|num_self_attends_per_block", 4),
+    (r"image_size|base_channels", 32),
     (r"patch_size", 16),
 ]
 
 PICTURE_TOKEN = r"(image|video)_token_(id|index)"
 ROPE = {"rope_type": "default", "rope_theta": 1e4}
+QWEN4 = {
+    "indexer_n_heads": HEADS,
+    "indexer_kv_heads": 1,
+    "indexer_head_dim": HEAD,
+    "indexer_budget": 8,
+    "indexer_compress_ratio": 2,
+}
 # what the names do not say: class of a model -> fields of its config, those of a part as "text_config.field"
 CHANGES: dict[str, dict[str, Any]] = {
     # of two kinds of layers at least two of each are left when any one is skipped
@@ -65,14 +72,45 @@ CHANGES: dict[str, dict[str, Any]] = {
         "num_hidden_layers": 6,
         "mamba_n_heads": 8,
     },
-    "Nemotron3_5TranscribeForConditionalGeneration": {
-        "text_config.layers_block_type": ["linear_attention", "full_attention", "mlp"] * 2
-    },
-    "NemotronHForCausalLM": {"layers_block_type": ["mamba", "attention", "mlp"] * 2, "num_hidden_layers": 6},
     "Zamba2ForCausalLM": {
         "layers_block_type": ["mamba", "hybrid"] * 3,
         "num_hidden_layers": 6,
         "attention_hidden_size": 128,
+    },
+    "CohereCompassForCausalLM": {"rope_parameters": {"full_attention": ROPE}},
+    "CohereCompassForConditionalGeneration": {"text_config.rope_parameters": {"full_attention": ROPE}},
+    "Florence2ForConditionalGeneration": {
+        "vision_config.embed_dim": (8, 16, 32, 64),
+        "vision_config.num_groups": (1, 1, 2, 4),
+        "vision_config.num_heads": (1, 1, 2, 4),
+    },
+    "MuseSparkForConditionalGeneration": {"audio_config.hidden_sizes": (8, 16, 32, 64)},
+    "DeepseekOcr2ForConditionalGeneration": {
+        "text_config.mlp_layer_types": ["dense", "sparse"] * 2,
+        "text_config.num_experts_per_tok": 2,
+        "text_config.topk_method": "greedy",
+    },
+    "Ernie4_5_VLMoeForConditionalGeneration": {"text_config.rope_parameters": ROPE | {"mrope_section": [3, 3, 2]}},
+    "Gemma3nForCausalLM": {
+        "layer_types": ["sliding_attention", "full_attention"] * 3,
+        "num_hidden_layers": 6,
+        "num_kv_shared_layers": 2,
+    },
+    "Granite4VisionForConditionalGeneration": {
+        "deepstack_layer_map": [[1, 0]],
+        "spatial_target_layers": [1],
+        "downsample_rate": "1/2",
+    },
+    "Molmo2ForConditionalGeneration": {"adapter_config.vision_feature_layer": [3, 1]},
+    "Qwen4ExpForCausalLM": QWEN4,
+    "Qwen4ExpForConditionalGeneration": {
+        f"text_config.{name}": value for name, value in (QWEN4 | {"num_hidden_layers": 8}).items()
+    },
+    "ZambaForCausalLM": {
+        "layers_block_type": ["mamba", "hybrid"] * 3,
+        "num_hidden_layers": 6,
+        "attention_hidden_size": 2 * WIDTH,
+        "attention_head_dim": 2 * HEAD,
     },
     "ChameleonForConditionalGeneration": {"vocabulary_map": {"<image>": 5}},
     "Emu3ForConditionalGeneration": {"vocabulary_map": {"<image>": 5}},
@@ -125,6 +163,10 @@ def _shrunk(default: Any, changes: dict[str, Any]) -> Any:
             fields[name] = _small(name, value)
     missing = (name for name, value in vars(default).items() if value is None and re.fullmatch(PICTURE_TOKEN, name))
     fields |= dict.fromkeys(missing, VOCABULARY - 1)
+    kinds = vars(default).get("layers_block_type")
+    if isinstance(kinds, list):  # two of each
+        fields["layers_block_type"] = 2 * list(dict.fromkeys(kinds))
+        fields["num_hidden_layers"] = len(fields["layers_block_type"])
     if vars(default).get("head_dim", HEAD) is None:
         fields["head_dim"] = HEAD
     if "qk_head_dim" in fields:
@@ -135,7 +177,8 @@ def _shrunk(default: Any, changes: dict[str, Any]) -> Any:
     _shrink_sections(default, fields)
     fields |= {key: value for key, value in changes.items() if "." not in key}
     usual = vars(type(default)())  # of a part, which may have been given others
-    return type(default)(**{key: value for key, value in fields.items() if value != usual.get(key)})
+    changed = {key: value for key, value in fields.items() if hasattr(value, "to_dict") or value != usual.get(key)}
+    return type(default)(**changed)
 
 
 def _small(name: str, value: int) -> int:

@@ -143,19 +143,23 @@ class StateReader:
         # of several streams the one that a block takes first: the image's, which the last block returns too
         order = list(self._signature.parameters)
         self.stream = min(stack.streams, key=lambda stream: order.index(stream.argument))
-        self._tokens_first = self._takes_tokens_first(model, stack)
+        self._axes = self._find_axes(model, stack)
         self._states: list[Tensor] = []
 
-    def _takes_tokens_first(self, model: nn.Module, stack: Stack) -> bool:
-        """Whether states are (length, batch, width), as XLNet's and FSMT's: seen in a call of one short text."""
+    def _find_axes(self, model: nn.Module, stack: Stack) -> tuple[int, int]:
+        """Which axes of states are texts and tokens, seen in a call of one short text: 0 and 1; where they are (length,
+        batch, width), as XLNet's and FSMT's, 1 and 0; where several streams come first, as Gemma3n's, 1 and 2.
+        """
         other = twin(model)
         traces = trace_calls(other, {stack.name: module_list(other, stack.name)}, example_inputs(other))
         state = traces[stack.name].calls[0].arguments[self.stream.argument]
-        return state.shape[0] > 1 and state.shape[1] == 1
+        if state.shape[0] == 1 or state.shape[1] > 1:
+            return 0, 1
+        return 1, (0 if state.ndim == 3 else 2)
 
     def _by_text(self, state: Tensor) -> Tensor:
         """(batch, length, width); what a token has in several streams (hyper-connections) side by side."""
-        state = state.transpose(0, 1) if self._tokens_first else state
+        state = state.movedim(self._axes, (0, 1))
         return state.flatten(2) if state.ndim > 3 else state
 
     @contextmanager
