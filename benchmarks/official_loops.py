@@ -77,7 +77,9 @@ def llada(model: nn.Module, prompt: Tensor, attention_mask: Tensor | None, s: LL
             noisy = gumbel(z, s.temperature, generator)
             x0 = noisy.argmax(-1)
             if s.confidence_eos_eot_inf:
-                noisy[:, :, eos] = z[:, :, eot] = -torch.inf
+                noisy[:, :, eos] = -torch.inf
+                if eot is not None:  # the official code has both tokens' numbers in it
+                    z[:, :, eot] = -torch.inf
             if s.remasking == "low_confidence":
                 conf = torch.softmax(z, -1).gather(-1, x0[..., None]).squeeze(-1)
             else:
@@ -117,11 +119,13 @@ def dream_tokens(logits: Tensor, s: DreamSettings) -> tuple[Tensor, Tensor]:
         remove = logits < torch.topk(logits, s.top_k)[0][..., -1, None]
         logits = logits.masked_fill(remove, torch.finfo(logits.dtype).min)
     probs = torch.softmax(logits, dim=-1)
+    confidence, x0 = probs.max(dim=-1)
     if s.temperature > 0:
-        x0 = torch.distributions.Categorical(probs=probs).sample()
-        confidence = torch.gather(probs, -1, x0.unsqueeze(-1)).squeeze(-1)
-    else:
-        confidence, x0 = probs.max(dim=-1)
+        try:
+            x0 = torch.distributions.Categorical(probs=probs).sample()
+            confidence = torch.gather(probs, -1, x0.unsqueeze(-1)).squeeze(-1)
+        except (ValueError, RuntimeError):  # of numbers that are none: the official code goes on, greedily
+            pass
     if s.alg == "topk_margin":
         ordered = torch.sort(probs, dim=-1, descending=True)[0]
         confidence = ordered[:, 0] - ordered[:, 1]

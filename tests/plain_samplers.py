@@ -108,7 +108,7 @@ def plain_llada(denoiser: Denoiser, prompt: Tensor, present: Tensor | None, **s:
                     where[confidence[row].argmax()] |= bool(confidence[row].max() > -torch.inf)
                     t.x[row, window] = chosen[row].where(where, t.x[row, window])
                 else:
-                    best = confidence[row].topk(int(quota[row, i - 1])).indices
+                    best = confidence[row].sort(descending=True, stable=True).indices[: int(quota[row, i - 1])]
                     t.x[row, window.start + best] = chosen[row, best]
             if t.finished():
                 return t.close()
@@ -157,7 +157,7 @@ def plain_dream(denoiser: Denoiser, prompt: Tensor, present: Tensor | None, **s:
                 ends = (chosen == config.eos_token_id) | (chosen == config.eot_token_id)
                 confidence = confidence.where(~ends | ~t.masked, torch.finfo(confidence.dtype).min)
             for row in range(every):
-                best = confidence[row].topk(int(quota[row, i])).indices
+                best = confidence[row].sort(descending=True, stable=True).indices[: int(quota[row, i])]
                 t.x[row, best] = chosen[row, best]
         if t.finished():
             break

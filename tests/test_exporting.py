@@ -26,6 +26,7 @@ from skipwise.blocks import find_contract
 from skipwise.calibration import Calibration
 from skipwise.evaluation import calibration_texts
 from skipwise.exporting import bake, checkpoint, folder
+from skipwise.files import PARTIAL
 from skipwise.healing import HealSettings, fit_stand_ins, heal
 from skipwise.plan import Phase, Plan
 from tests.test_native_models import DREAM, LLADA, MDLM, dream_shapes, llada_shapes, mdlm_shapes, random_weights, write
@@ -381,7 +382,7 @@ sw.export(sw.Plan.load(sys.argv[1]), sys.argv[2], sys.argv[3])
     ended = subprocess.run([sys.executable, "-c", code, *arguments], capture_output=True, text=True, check=False)
     assert ended.returncode == -9, ended.stderr
     assert not (tmp_path / "target").exists()
-    assert len(list(tmp_path.glob(".target.partial-*"))) == 1
+    assert len(list(tmp_path.glob(f"{PARTIAL}*"))) == 1
     sw.export(plan, source, tmp_path / "target")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["plan.json", "source", "target"]
     assert len(stock(tmp_path / "target").model.layers) == 2

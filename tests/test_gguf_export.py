@@ -137,3 +137,13 @@ def test_what_the_file_cannot_say_is_refused(tmp_path: Path) -> None:
     with pytest.raises(sw.UserError, match=r"GGUF files are written for llama, .* and this is 'smollm3'"):
         exported(other, tmp_path / "other", 3)
     assert not (tmp_path / "target").exists()
+
+
+def test_a_tokenizer_with_more_tokens_than_the_model_is_refused(tmp_path: Path) -> None:
+    model: Any = _lm("Qwen2Config", "Qwen2ForCausalLM", **EIGHT | THETA | {"vocab_size": 280})
+    model.save_pretrained(tmp_path / "source")
+    tokenizer(tmp_path / "source")
+    with pytest.raises(sw.UserError, match=r"the token .* at \d+, and the model knows 280 tokens") as error:
+        exported(model, tmp_path / "source", 2)
+    assert "\n" not in str(error.value)
+    assert not (tmp_path / "target").exists()

@@ -10,8 +10,8 @@ from skipwise.errors import UserError
 from skipwise.finetuning.hollow import Remembered, hollow
 from skipwise.finetuning.late import Streamed
 from skipwise.finetuning.runs import Run, skipped_runs
+from skipwise.kept import PassThrough
 from skipwise.plan import Plan
-from skipwise.skipping import PassThrough
 from tests.hooked import hooked_record
 from tests.tiny_models import IMAGE, VIDEO, example
 

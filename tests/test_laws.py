@@ -10,8 +10,9 @@ from torch import nn
 
 import skipwise as sw
 from skipwise.blocks import find_contract
+from skipwise.kept import PassThrough
 from skipwise.plan import Phase, Plan
-from skipwise.skipping import PassThrough, skip, whole
+from skipwise.skipping import skip, whole
 from tests.deleted import deleted
 from tests.tiny_models import IMAGE, LANGUAGE, REFUSED, ROWS, VIDEO, example, output
 

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from pydantic import ValidationError
 
 import skipwise as sw
@@ -116,3 +117,15 @@ def test_nothing_is_written_where_it_cannot_be(tmp_path: Path) -> None:
     with pytest.raises(sw.UserError, match="Cannot write"):
         plan().save(blocker / "plan.json")
     assert blocker.read_text() == "in the way"
+
+
+def test_a_companion_is_a_bare_name(tmp_path: Path) -> None:
+    """A plan cannot point at a file elsewhere."""
+    tensors = {"0/model.layers/3": torch.zeros(4096)}
+    path = Plan.static(SHAPE, {"model.layers": [3]}).with_stand_ins("constant", tensors).save(tmp_path / "plan.json")
+    content = json.loads(path.read_text())
+    for name in ("../plan.stand-ins.safetensors", "/etc/passwd", "a/b"):
+        content["stand_ins"]["name"] = name
+        path.write_text(json.dumps(content))
+        with pytest.raises(sw.UserError, match="a bare name is legal, a path is not"):
+            Plan.load(path).stand_in_tensors()

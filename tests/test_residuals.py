@@ -15,6 +15,7 @@ import torch
 from skipwise.blocks import find_contract
 from skipwise.errors import UserError
 from skipwise.examples import Size, example_inputs
+from skipwise.files import PARTIAL
 from skipwise.finetuning.draws import Draw, Example
 from skipwise.finetuning.hollow import hollow
 from skipwise.finetuning.images import Picture
@@ -364,7 +365,7 @@ def test_a_killed_making_goes_on_where_it_ended(sd3, tmp_path):
     ended = subprocess.run([sys.executable, "-c", KILLED, str(killed)], env=environment, timeout=120, check=False)
     assert ended.returncode == -signal.SIGKILL
     left = content(killed)
-    assert any(name.startswith(".partial-") for name in left)
+    assert any(name.startswith(PARTIAL) for name in left)
     keys = [key(n) for n in range(5)]
     store = ResidualStore.open(killed, SETTINGS)
     assert 0 < len(store) < 5

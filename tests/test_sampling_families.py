@@ -48,6 +48,66 @@ def test_dream_compat(
     assert torch.equal(dream_decode(Denoiser(model), prompt, settings, mask), expected)
 
 
+ODD = [
+    {"alg_temp": alg_temp, "temperature": temperature, **more}
+    for alg_temp in (0.0, 1e-3, 1e-2, 0.5)
+    for temperature in (0.0, 1e-6, 0.3)
+    for more in ({}, {"top_p": 0.5}, {"top_k": 1})
+]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+@pytest.mark.parametrize("alg", ["origin", "maskgit_plus", "topk_margin", "entropy"])
+def test_odd_settings_are_as_in_the_official_loop(dtype: torch.dtype, alg: Any) -> None:
+    """Rows of unequal numbers of masks, so that one quota for all draws beside them; draws that are next to none."""
+    model = ROWS["dream"]().to(dtype)
+    prompt = torch.tensor([[4, MASK, 9, MASK, MASK], [4, 5, 6, 7, 8]])
+    for number, odd in enumerate(ODD):
+        settings = DreamSettings(gen_length=4, steps=3, alg=alg, seed=number, compat="dream", **odd)
+        with torch.random.fork_rng():
+            try:
+                expected = official.dream(model, prompt, torch.ones_like(prompt), settings)
+            except RuntimeError:  # of multinomial: float16 cannot hold confidence / alg_temp
+                with pytest.raises(sw.UserError, match=r"too small for torch\.float16"):
+                    dream_decode(Denoiser(model), prompt, settings)
+                continue
+        assert torch.equal(dream_decode(Denoiser(model), prompt, settings), expected), odd
+
+
+class _Sure(nn.Module):
+    """A model that is as sure of every word at every place: all confidences tie."""
+
+    def __init__(self, model: nn.Module):
+        super().__init__()
+        self.config, self.model = model.config, model
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor | None = None, **_: Any) -> Any:
+        logits = torch.zeros(*input_ids.shape, 64)
+        return SimpleNamespace(logits=logits.index_fill(-1, torch.tensor([7]), 50.0))
+
+
+@pytest.mark.parametrize("settings", [{}, {"alg": "maskgit_plus"}, {"alg": "entropy", "top_p": 0.5}])
+def test_rows_are_independent_where_confidence_ties(dream: nn.Module, settings: dict[str, Any]) -> None:
+    """Half of the masks of a row of ties: the first ones, alone and padded."""
+    prompts = [[5, 6], [5, 6, 8, 9, 10, 11, 12], [5]]
+    given = {"alg": "maskgit_plus", **settings}
+    hook: list[Tensor] = []
+    alone = []
+    for prompt in prompts:
+        chosen = DreamSettings(
+            gen_length=8, steps=2, tokens_hook=lambda i, x, _: (hook.append(x.clone()), x)[1], **given
+        )
+        dream_decode(Denoiser(_Sure(dream)), torch.tensor([prompt]), chosen)
+        alone.append((hook[1][0, len(prompt) :] == MASK).tolist())
+        hook.clear()
+    assert all(masked == [False] * 4 + [True] * 4 for masked in alone)
+    width = max(map(len, prompts))
+    ids = torch.tensor([[0] * (width - len(p)) + p for p in prompts])
+    mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts])
+    dream_decode(Denoiser(_Sure(dream)), ids, chosen, mask)
+    assert (hook[1][:, width:] == MASK).tolist() == alone
+
+
 def test_dream_hooks(dream: nn.Module) -> None:
     """Hooks are called where the official ones are, with the step, the tokens and the logits, and may change them."""
     seen: list[Any] = []

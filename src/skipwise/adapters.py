@@ -8,7 +8,6 @@ peft takes to wrap a model.
 """
 
 import copy
-import json
 import math
 import warnings
 from collections.abc import Callable, Iterator
@@ -23,6 +22,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from skipwise.errors import UserError, require
+from skipwise.files import read_json
 from skipwise.twins import meta_twin
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
@@ -207,7 +207,7 @@ def _present(model: nn.Module, name: str, tensor: Tensor) -> Tensor:
 def _read_json(folder: Path) -> dict[str, Any]:
     path = folder / CONFIG
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = read_json(path)
     except (OSError, ValueError) as error:
         raise UserError(f"{path} cannot be read: {error}; copy the adapter again.") from error
     if not isinstance(content, dict):

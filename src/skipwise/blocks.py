@@ -43,7 +43,8 @@ class Stack:
     in_place: the model minds a block's number, so a skipped block must leave something in its place: the caller hands
     each block what depends on its number (Chroma cuts the modulation by index), or uses a part of a block outside of it
     (DiT embeds the timestep with block 0's norm); numbered_by: optional arguments of the forward that loops over the
-    list, by which a caller gives things by block number (a ControlNet's residuals); counts_config: the loop also looks
+    list, by which a caller gives things by block number (a ControlNet's residuals); carried: those of them that it also
+    returns, for the next call; counts_config: the loop also looks
     up lists of the config by number; coupled: other lists whose block k shares weights with block k here
     (DiffusionGemma's encoder), or its place in a cache, which lose the same blocks.
     """
@@ -55,6 +56,7 @@ class Stack:
     returns: int | None
     in_place: bool = False
     numbered_by: tuple[str, ...] = ()
+    carried: tuple[str, ...] = ()
     counts_config: bool = False
     coupled: tuple[str, ...] = ()
 
@@ -104,10 +106,10 @@ class Call:
 
 @dataclass
 class Trace:
-    """The calls of one list's blocks, in order, and whether a part of a block ran while the block did not."""
+    """The calls of one list's blocks, in order, and whether a part of a block ran while no block that has it did."""
 
     calls: list[Call] = field(default_factory=list)
-    running: int | None = None
+    running: frozenset[nn.Module] = frozenset()  # the parts of the block that runs; blocks may share an activation
     used_outside: bool = False
 
 
@@ -175,18 +177,18 @@ def trace_calls(model: nn.Module, lists: Mapping[str, nn.ModuleList], example: M
 def _record(block: nn.Module, index: int, trace: Trace) -> list[Any]:
     """Hooks that note the block's calls, and calls of its parts outside of it."""
     signature = inspect.signature(class_of(block).forward)
+    parts = frozenset(module for module in block.modules() if module is not block)
 
     def enter(*_: Any) -> None:
-        trace.running = index
+        trace.running = parts
 
     def leave(module: nn.Module, args: tuple, kwargs: dict[str, Any], result: Any) -> None:
-        trace.running = None
+        trace.running = frozenset()
         trace.calls.append(Call(index, bind(signature, module, args, kwargs), result))
 
-    def part(*_: Any) -> None:
-        trace.used_outside |= trace.running != index
+    def part(module: nn.Module, *_: Any) -> None:
+        trace.used_outside |= module not in trace.running
 
-    parts = [module for module in block.modules() if module is not block]
     return [
         block.register_forward_pre_hook(enter),
         block.register_forward_hook(leave, with_kwargs=True),
@@ -313,6 +315,7 @@ def _describe(model: nn.Module, name: str, trace: Trace) -> Stack:
         returns=len(result) if isinstance(result, tuple | list) else None,
         in_place=minds or numbering.always,
         numbered_by=tuple(sorted(numbering.arguments)),
+        carried=tuple(sorted(numbering.carried)),
         counts_config=numbering.counts_config,
     )
 

@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from skipwise.errors import UserError
 from skipwise.files import write_state
+from skipwise.identity import check_same
 
 
 @dataclass(frozen=True)
@@ -37,7 +37,12 @@ class Checkpoint:
         if not self.path.exists():
             return 0
         state = torch.load(self.path, weights_only=True, map_location="cpu")
-        self._check(state["of"])
+        check_same(
+            state["of"],
+            self.of,
+            f"{self.path} is of a run that",
+            "delete it to begin anew, or go on as that run was begun",
+        )
         with torch.no_grad():
             for parameter, saved in zip(parameters, state["parameters"], strict=True):
                 parameter.copy_(saved)
@@ -47,11 +52,3 @@ class Checkpoint:
     def remove(self) -> None:
         """Forget it, once the run is done."""
         self.path.unlink(missing_ok=True)
-
-    def _check(self, other: Mapping[str, Any]) -> None:
-        differing = [key for key in {**self.of, **other} if self.of.get(key) != other.get(key)]
-        if differing:
-            raise UserError(
-                f"{self.path} is of a run that differs in {', '.join(sorted(differing))}; delete it to begin anew, or "
-                "go on as that run was begun."
-            )

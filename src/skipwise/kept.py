@@ -146,6 +146,7 @@ def _count_positions(cache: Any, block: nn.Module, stream: Tensor) -> None:
 
     Keys without width count and hold nothing. Layers that keep a state, or use another's keys, are not asked.
     """
+    cache = getattr(cache, "self_attention_cache", cache)  # a decoder's that also attends to an encoder
     layers = getattr(cache, "layers", None)
     if layers is None:
         return

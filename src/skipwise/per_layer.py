@@ -117,10 +117,10 @@ def changed_settings(config: Any, length: int, kept: Sequence[int]) -> dict[str,
 
     Raises UserError for a config that does not let layers be left out.
     """
-    if getattr(config, "rescale_every", 0):
+    if getattr(config, "rescale_every", 0) and list(kept) != list(range(len(kept))):
         raise UserError(
             f"{type(config).__name__} scales every block's weights by its number (rescale_every is "
-            f"{config.rescale_every}), so that none can be left out; set rescale_every to 0 in config.json first."
+            f"{config.rescale_every}), so that only the last can be left out; set rescale_every to 0 in config.json."
         )
     given = vars(config)
     changed = {name: cut_setting(name, value, length, kept) for name, value in given.items()}

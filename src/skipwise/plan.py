@@ -5,11 +5,9 @@ for by architecture, stack lengths and width, so that it can be checked before i
 """
 
 import hashlib
-import json
 import operator
 import shutil
-import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import cached_property
 from itertools import pairwise
 from pathlib import Path
@@ -20,10 +18,12 @@ from safetensors.torch import load as read_tensors
 from safetensors.torch import save as tensor_bytes
 from torch import Tensor
 
+from skipwise.companions import Beside, find_companion, write_together
 from skipwise.errors import UserError, unknown
-from skipwise.files import write_atomically, write_bytes_atomically
+from skipwise.files import read_json
 
 FORMAT = "skipwise-plan/1"
+STAND_INS, ADAPTER = ".stand-ins.safetensors", ".adapter"  # behind the name of the plan's file
 
 # stack name -> block numbers in ascending order
 Blocks = dict[str, tuple[int, ...]]
@@ -189,7 +189,7 @@ class Plan(_Frozen):
     def _stand_in_bytes(self) -> bytes:
         assert self.stand_ins is not None
         if self._bytes is None:
-            content = _read_companion(self._path(self.stand_ins))
+            content = _read_companion(self._path(self.stand_ins, _file_sum))
             _check_sum(self.stand_ins, hashlib.sha256(content).hexdigest())
             self._bytes = content
         return self._bytes
@@ -198,14 +198,14 @@ class Plan(_Frozen):
         """The folder of the adapter, checked. Raises UserError when it is gone or holds other weights."""
         if self.adapter is None:
             return None
-        folder = self._path(self.adapter)
+        folder = self._path(self.adapter, _folder_sum)
         _check_sum(self.adapter, _adapter_sum(folder))
         return folder
 
-    def _path(self, companion: Companion) -> Path:
+    def _path(self, companion: Companion, sum_of: Callable[[Path], str | None]) -> Path:
         if Path(companion.name).name != companion.name:
             raise UserError(f"The plan names {companion.name!r} beside it; a bare name is legal, a path is not.")
-        return (self._folder or Path()) / companion.name
+        return find_companion(self._folder or Path(), companion.name, companion.sha256, sum_of)
 
     def check_model(self, shape: ModelShape) -> None:
         """Raise UserError, naming the difference, when this plan was made for another model."""
@@ -237,29 +237,30 @@ class Plan(_Frozen):
         return " | ".join(parts) + (", healed by an adapter" if self.adapter else "")
 
     def save(self, path: str | Path) -> Path:
-        """Write the plan as JSON, whole or not at all, and return the path.
+        """Write the plan as JSON, with its stand-ins and its adapter beside it under its name, and return the path.
 
-        Its stand-ins and its adapter, if it has any, are written beside it first, under the plan's name.
+        What was there is replaced whole: a crash leaves the older plan or the newer one, each with what is its own.
         """
-        path, companions = Path(path), {}
+        path, beside, update = Path(path), [], {}
         if self.stand_ins is not None:
-            content = self._stand_in_bytes()
-            companions["stand_ins"] = self.stand_ins.model_copy(update={"name": f"{path.stem}.stand-ins.safetensors"})
-            write_bytes_atomically(path.parent / companions["stand_ins"].name, content)
+            content, name = self._stand_in_bytes(), f"{path.stem}{STAND_INS}"
+            update["stand_ins"] = self.stand_ins.model_copy(update={"name": name})
+            beside.append(Beside(name, self.stand_ins.sha256, lambda new: new.write_bytes(content), _file_sum))
         if self.adapter is not None and (source := self.adapter_folder()) is not None:
-            companions["adapter"] = self.adapter.model_copy(update={"name": f"{path.stem}.adapter"})
-            _copy_folder(source, path.parent / companions["adapter"].name)
-        saved = self.model_copy(update=companions)
-        return write_atomically(path, saved.model_dump_json(indent=2, exclude_none=True) + "\n")
+            name = f"{path.stem}{ADAPTER}"
+            update["adapter"] = self.adapter.model_copy(update={"name": name})
+            beside.append(Beside(name, self.adapter.sha256, lambda new: shutil.copytree(source, new), _folder_sum))
+        content_of = self.model_copy(update=update).model_dump_json(indent=2, exclude_none=True) + "\n"
+        return write_together(path, content_of, beside, [f"{path.stem}{suffix}" for suffix in (STAND_INS, ADAPTER)])
 
     @classmethod
     def load(cls, path: str | Path) -> "Plan":
         """Read a plan. Raises UserError, in one line, for a file that is missing, unreadable or not a plan."""
         try:
-            content = json.loads(Path(path).read_text(encoding="utf-8"))
+            content = read_json(path)
         except FileNotFoundError as error:
             raise UserError(f"There is no plan at {path}. Make one with `skipwise plan`.") from error
-        except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+        except (OSError, ValueError) as error:
             raise UserError(f"{path} cannot be read as a plan: {error}. Make one with `skipwise plan`.") from error
         if not isinstance(content, dict) or content.get("format") != FORMAT:
             found = content.get("format") if isinstance(content, dict) else type(content).__name__
@@ -328,16 +329,17 @@ def _adapter_sum(folder: Path) -> str:
     return hashlib.sha256(b"".join(_read_companion(folder / name) for name in names)).hexdigest()
 
 
-def _copy_folder(source: Path, target: Path) -> None:
-    """Copy a folder through a temporary one beside the target, which it replaces."""
-    if source.resolve() == target.resolve():
-        return
-    target.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=target.parent, prefix=".partial-") as work:
-        shutil.copytree(source, Path(work) / "new")
-        if target.exists():
-            target.rename(Path(work) / "old")
-        (Path(work) / "new").rename(target)
+def _file_sum(path: Path) -> str | None:
+    """The sum of a file of stand-ins, or None."""
+    return hashlib.sha256(path.read_bytes()).hexdigest() if path.is_file() else None
+
+
+def _folder_sum(path: Path) -> str | None:
+    """The sum of an adapter's folder, or None."""
+    try:
+        return _adapter_sum(path)
+    except UserError:
+        return None
 
 
 def _first_problem(error: ValidationError, model: type[BaseModel]) -> str:

@@ -47,6 +47,7 @@ QWEN4 = {
     "indexer_compress_ratio": 2,
 }
 # what the names do not say: class of a model -> fields of its config, those of a part as "text_config.field"
+GEMMA4 = [*["sliding_attention", "full_attention"] * 2, "full_attention"]
 CHANGES: dict[str, dict[str, Any]] = {
     # of two kinds of layers at least two of each are left when any one is skipped
     "JambaForCausalLM": {"num_hidden_layers": 6, "attn_layer_period": 2, "attn_layer_offset": 1},
@@ -76,9 +77,15 @@ CHANGES: dict[str, dict[str, Any]] = {
         "mamba_n_heads": 8,
     },
     "Zamba2ForCausalLM": {
-        "layers_block_type": ["mamba", "hybrid"] * 3,
-        "num_hidden_layers": 6,
+        "layers_block_type": [*["mamba", "hybrid"] * 3, "mamba"],  # as the published ones, which end so
+        "num_hidden_layers": 7,
         "attention_hidden_size": 128,
+    },
+    "NeoMMEForMaskedLM": {"layer_types": ["full_attention", "sliding_attention"] * 2},
+    "Gemma4ForCausalLM": {"layer_types": GEMMA4, "num_hidden_layers": len(GEMMA4)},
+    "Gemma4ForConditionalGeneration": {
+        "text_config.layer_types": GEMMA4,
+        "text_config.num_hidden_layers": len(GEMMA4),
     },
     "CohereCompassForCausalLM": {"rope_parameters": {"full_attention": ROPE}},
     "CohereCompassForConditionalGeneration": {"text_config.rope_parameters": {"full_attention": ROPE}},

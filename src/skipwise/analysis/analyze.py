@@ -14,6 +14,7 @@ from skipwise.calibration import Text, fingerprint
 from skipwise.cost import price_blocks
 from skipwise.errors import UserError, unknown
 from skipwise.examples import Size, check_text_alone
+from skipwise.finite import is_finite, not_finite
 from skipwise.models import kind_of
 from skipwise.skipping import whole
 from skipwise.versions import versions
@@ -55,7 +56,8 @@ def analyze(
 
     Under `accelerate launch` or torch.distributed the batches are shared out, and every process returns the statistics
     of all. on_progress(done, total) is called after every batch of this process.
-    Raises UserError for an empty list of texts, for unknown parts and for a model that does not run on text alone.
+    Raises UserError for an empty list of texts, for unknown parts, for a model that does not run on text alone, and for
+    one whose numbers are not finite.
     """
     model = unwrap(model)
     if kind_of(model) == "block diffusion":
@@ -73,6 +75,8 @@ def analyze(
         work = batches(samples, batch_size)
         run = Run(model, contract, stack, samples, work, parts, **settings, on_progress=on_progress)
         tensors = run.tensors()
+        if not all(map(is_finite, tensors.values())):
+            raise not_finite(model, lambda: [model(batch.ids.to(run.device)) for batch in work])
         tensors["block_flops"] = _block_flops(model, contract, stack, max(len(s.ids) for s in samples))
     return Analysis(
         name=name or type(model).__name__,

@@ -9,13 +9,14 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
+from pydantic import Field
 from torch import Tensor, nn
 
 from skipwise.analysis.processes import add_up, my_share
-from skipwise.analysis.record import read_record, write_record
+from skipwise.analysis.record import Record, read_record, write_record
 from skipwise.analysis.samples import batches, first_batch, tokenize
 from skipwise.analysis.states import StateReader, outlier_channels
 from skipwise.analysis.statistics import Statistics
@@ -27,8 +28,6 @@ from skipwise.plan import ModelShape
 from skipwise.skipping import whole
 from skipwise.versions import versions
 from skipwise.wrapping import unwrap
-
-FORMAT = "skipwise-comparison/1"
 
 
 @dataclass(frozen=True)
@@ -59,24 +58,33 @@ class Comparison:
 
     def save(self, folder: str | Path) -> Path:
         """Write comparison.json and comparison.safetensors into `folder`, an analysis's if you like, and return it."""
-        facts = {
-            "format": FORMAT,
-            "names": list(self.names),
-            "models": [shape.model_dump() for shape in self.models],
-            "kinds": list(self.kinds),
-            "calibration": self.calibration,
-            "settings": self.settings,
-            "versions": self.versions,
-        }
+        facts = Facts(
+            names=self.names,
+            models=self.models,
+            kinds=self.kinds,
+            calibration=self.calibration,
+            settings=self.settings,
+            versions=self.versions,
+        )
         return write_record(folder, "comparison", facts, self.tensors)
 
     @classmethod
     def load(cls, folder: str | Path) -> "Comparison":
         """Read what `save` wrote. Raises UserError for a folder that holds no comparison."""
-        facts, tensors = read_record(folder, "comparison", FORMAT, "`skipwise analyze MODEL --beside OTHER`")
-        first, second = (ModelShape(**shape) for shape in facts.pop("models"))
-        names, kinds = tuple(facts.pop("names")), tuple(facts.pop("kinds"))
-        return cls(names=names, models=(first, second), kinds=kinds, tensors=tensors, **facts)
+        facts, tensors = read_record(folder, "comparison", Facts, "skipwise analyze MODEL --beside OTHER")
+        return cls(**facts.own(), tensors=tensors)
+
+
+class Facts(Record):
+    """What comparison.json says."""
+
+    format: Literal["skipwise-comparison/1"] = "skipwise-comparison/1"
+    names: tuple[str, str]
+    models: tuple[ModelShape, ModelShape]
+    kinds: tuple[str, str]
+    calibration: dict[str, Any] = Field(default_factory=dict)
+    settings: dict[str, Any] = Field(default_factory=dict)
+    versions: dict[str, str] = Field(default_factory=dict)
 
 
 def compare(

@@ -1,21 +1,23 @@
 """Analysis: what was measured of a model's hidden states, as JSON for the facts and safetensors for the numbers."""
 
+import hashlib
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, TypeVar
 
 import torch
-from safetensors import SafetensorError
+from pydantic import BaseModel, ConfigDict, Field
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save
 from torch import Tensor
 
+from skipwise.companions import Beside, find_companion, write_together
 from skipwise.errors import UserError
-from skipwise.files import write_atomically, write_bytes_atomically
+from skipwise.files import parse_model, reason_of
+from skipwise.finite import is_finite
 from skipwise.plan import ModelShape
-
-FORMAT = "skipwise-analysis/1"
 
 
 @dataclass(frozen=True)
@@ -89,42 +91,99 @@ class Analysis:
         return torch.diagonal(similarity, offset=1)
 
     def save(self, folder: str | Path) -> Path:
-        """Write analysis.json and analysis.safetensors into `folder` and return it."""
-        facts = {
-            "format": FORMAT,
-            "name": self.name,
-            "model": self.model.model_dump(),
-            "kind": self.kind,
-            "calibration": self.calibration,
-            "settings": self.settings,
-            "versions": self.versions,
-        }
+        """Write analysis.json and analysis.safetensors into `folder`, both or neither, and return it."""
+        facts = Facts(
+            name=self.name,
+            model=self.model,
+            kind=self.kind,
+            calibration=self.calibration,
+            settings=self.settings,
+            versions=self.versions,
+        )
         return write_record(folder, "analysis", facts, self.tensors)
 
     @classmethod
     def load(cls, folder: str | Path) -> "Analysis":
-        """Read what `save` wrote. Raises UserError for a folder that holds no analysis."""
-        facts, tensors = read_record(folder, "analysis", FORMAT, "`skipwise analyze`")
-        return cls(model=ModelShape(**facts.pop("model")), tensors=tensors, **facts)
+        """Read what `save` wrote. Raises UserError for a folder that holds none, and for numbers that are none."""
+        facts, tensors = read_record(folder, "analysis", Facts, "skipwise analyze")
+        _check_stacks(folder, facts.model, tensors)
+        return cls(**facts.own(), tensors=tensors)
 
 
-def write_record(folder: str | Path, what: str, facts: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Path:
-    """Write WHAT.json and WHAT.safetensors into `folder` and return it."""
-    folder = Path(folder)
+class Record(BaseModel):
+    """What the JSON file of a record says, whatever it is of. sum: of the tensors beside it."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    format: str
+    sum: str = ""
+
+    def own(self) -> dict[str, Any]:
+        """What it says of its matter, by name."""
+        return {name: getattr(self, name) for name in type(self).model_fields if name not in Record.model_fields}
+
+
+_BY_BLOCK = ("block_flops", "similarity", "similarity_without_outliers", "cka")  # what planners and figures count on
+Kind = TypeVar("Kind", bound=Record)
+
+
+class Facts(Record):
+    """What analysis.json says."""
+
+    format: Literal["skipwise-analysis/1"] = "skipwise-analysis/1"
+    name: str
+    model: ModelShape
+    kind: str
+    calibration: dict[str, Any] = Field(default_factory=dict)
+    settings: dict[str, Any] = Field(default_factory=dict)
+    versions: dict[str, str] = Field(default_factory=dict)
+
+
+def write_record(folder: str | Path, what: str, facts: Record, tensors: Mapping[str, Tensor]) -> Path:
+    """Write WHAT.json and WHAT.safetensors into `folder`, both or neither, and return it."""
+    folder, name = Path(folder), f"{what}.safetensors"
     whole = {key: tensor.contiguous() for key, tensor in tensors.items()}
-    write_bytes_atomically(folder / f"{what}.safetensors", save(whole))
-    write_atomically(folder / f"{what}.json", json.dumps(facts, indent=2) + "\n")
+    total = hashlib.sha256(save(whole)).hexdigest()
+    beside = Beside(name, total, lambda new: new.write_bytes(save(whole, {"sum": total})), _sum_of)
+    content = json.dumps(facts.model_copy(update={"sum": total}).model_dump(mode="json"), indent=2) + "\n"
+    write_together(folder / f"{what}.json", content, [beside], [name])
     return folder
 
 
-def read_record(folder: str | Path, what: str, form: str, maker: str) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """What `write_record` wrote, facts without their format. Raises UserError for a folder that holds none."""
+def read_record(folder: str | Path, what: str, kind: type[Kind], maker: str) -> tuple[Kind, dict[str, Tensor]]:
+    """What `write_record` wrote. Raises UserError for a folder that holds none, and for a number that is not finite."""
     folder = Path(folder)
     try:
-        facts = json.loads((folder / f"{what}.json").read_text(encoding="utf-8"))
-        tensors = load_file(folder / f"{what}.safetensors")
+        facts = parse_model(kind, folder / f"{what}.json")
+        path = find_companion(folder, f"{what}.safetensors", facts.sum, _sum_of)
+        tensors = load_file(path)
     except (OSError, ValueError, SafetensorError) as error:
-        raise UserError(f"{folder} holds no readable {what}: {error}. Make one with {maker}.") from error
-    if facts.pop("format", None) != form:
-        raise UserError(f"{folder} is not a {form} folder. Make one with {maker}.")
+        raise UserError(f"{folder} holds no readable {what}: {reason_of(error)}. Make one with `{maker}`.") from error
+    if facts.sum and _sum_of(path) != facts.sum:
+        raise UserError(f"{path} is not what {what}.json was written with. Make both anew with `{maker}`.")
+    for name, tensor in tensors.items():
+        if not is_finite(tensor):
+            raise UserError(f"{path} holds numbers that are not finite, in {name}. Make it anew with `{maker}`.")
     return facts, tensors
+
+
+def _sum_of(path: Path) -> str | None:
+    """The sum that a file of tensors was written with, or None."""
+    try:
+        with safe_open(path, framework="pt") as file:
+            return (file.metadata() or {}).get("sum")
+    except (OSError, SafetensorError):
+        return None
+
+
+def _check_stacks(folder: str | Path, model: ModelShape, tensors: Mapping[str, Tensor]) -> None:
+    """Raise UserError for statistics of other stacks, or of stacks of another length, than the model's."""
+    for key, tensor in tensors.items():
+        stack, _, name = key.rpartition("/")
+        length = model.stacks.get(stack)
+        shape = {"block_flops": lambda n: (n,)}.get(name, lambda n: (n + 1, n + 1))
+        if length is None or (name in _BY_BLOCK and tensor.shape != shape(length)):
+            raise UserError(
+                f"{folder} has {name} {tuple(tensor.shape)} of {stack!r}, and {model.architecture} has {model.stacks}; "
+                "make it anew with `skipwise analyze`."
+            )

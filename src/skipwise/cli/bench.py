@@ -12,7 +12,7 @@ from skipwise.benchmarking.modes import THRESHOLD
 from skipwise.benchmarking.result import Row
 from skipwise.benchmarking.subject import prepare
 from skipwise.cli.common import Device, Dtype, ModelName, TokenizerName, console, progress_bar
-from skipwise.files import check_writable, write_atomically
+from skipwise.files import check_output, write_atomically
 from skipwise.plan import Plan
 from skipwise.sampling import FAMILIES
 
@@ -58,7 +58,7 @@ def command(
     )
     loaded = Plan.load(plan) if plan else None
     if json_file:
-        check_writable(json_file.parent)
+        check_output(json_file)
     subject = prepare(model, random=random_weights, dtype=dtype, device=device, seed=seed, tokenizer=tokenizer_name)
     with progress_bar() as tell:
         result = bench(subject, loaded, settings, lambda what, *at: tell(f"{model}: {what}", *at))

@@ -2,14 +2,16 @@
 
 import json
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from inspect import Parameter, signature
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from typer.models import ArgumentInfo, ParameterInfo
 
 from skipwise.calibration import Calibration
 from skipwise.errors import UserError
@@ -103,15 +105,34 @@ def read_lines(path: Path) -> list[str]:
         raise UserError(f"{path} cannot be read as UTF-8 text: {error}. Give a file with one text a line.") from error
 
 
-def settings_from(pairs: list[str]) -> dict[str, Any]:
-    """`["seed=3", "forbid_neighbours=true"]` -> a dictionary; values are JSON, or else strings."""
+def settings_from(pairs: list[str], command: Callable[..., None], not_these: Iterable[str] = ()) -> dict[str, Any]:
+    """`["seed=3", "forbid_neighbours=true"]` -> a dictionary; values are JSON, or else strings.
+
+    command: whose option `--set` is. not_these: names that are no settings. Raises UserError for one of them, for what
+    the command has an option for, and for a name that is given twice.
+    """
     settings: dict[str, Any] = {}
+    own = signature(command).parameters
     for pair in pairs:
         key, equals, value = pair.partition("=")
         if not equals:
             raise UserError(f"--set {pair} has no value; write --set {pair}=VALUE.")
+        if key in own:
+            raise UserError(f"--set {pair}: {key} is given by {_how(own[key])}, and not by --set.")
+        if key in settings or key in not_these:
+            raise UserError(
+                f"--set {pair}: {key} is {'given twice' if key in settings else 'no setting'}; leave it out."
+            )
         try:
             settings[key] = json.loads(value)
-        except json.JSONDecodeError:
+        except (json.JSONDecodeError, RecursionError):
             settings[key] = value
     return settings
+
+
+def _how(parameter: Parameter) -> str:
+    """What a user types for a parameter of a command."""
+    option = next(part for part in parameter.annotation.__metadata__ if isinstance(part, ParameterInfo))
+    if isinstance(option, ArgumentInfo):
+        return f"the argument {parameter.name.upper()}"
+    return (option.param_decls or [f"--{parameter.name.replace('_', '-')}"])[0]

@@ -7,7 +7,7 @@ import typer
 
 from skipwise.cli.common import Device, Dtype, ModelName, TokenizerName, console, progress_bar
 from skipwise.evaluation import evaluate
-from skipwise.files import check_writable
+from skipwise.files import check_output
 from skipwise.loading import load
 from skipwise.plan import Plan
 from skipwise.report import table
@@ -31,7 +31,7 @@ def command(
     Example: skipwise eval tiny-dllm --plan plan.json --task sort --examples 200
     """
     plans = [Plan.load(path) for path in plan or []]
-    check_writable(output.parent)
+    check_output(output)
     network, tokenizer = load(model, dtype=dtype, device=device, tokenizer=tokenizer_name)
     with progress_bar() as tell:
         result = evaluate(

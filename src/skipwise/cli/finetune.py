@@ -61,7 +61,9 @@ def command(
     skipwise finetune FOLDER --images dog/ --prompt "a photo of sks dog" --blocks 50% --patch 256
     """
     given = {"steps": steps, "learning_rate": learning_rate, "resolution": resolution, "patch": patch, "seed": seed}
-    changes = {name: value for name, value in given.items() if value is not None} | settings_from(settings or [])
+    changes = {name: value for name, value in given.items() if value is not None} | settings_from(
+        settings or [], command
+    )
     memory_settings, training = _split(changes)
     choice = Choice(model, plan, blocks, rule, memory, device)
     if images is None and not dry_run:

@@ -1,5 +1,6 @@
 """`skipwise generate`: decode under a plan."""
 
+import inspect
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -80,7 +81,7 @@ def command(
         gen_length=gen_length,
         seed=seed,
         **{key: value for key, value in given.items() if value is not None},
-        **settings_from(setting or []),
+        **settings_from(setting or [], command, inspect.signature(generate).parameters),
     )
     start = inputs["input_ids"].shape[1]
     for prompt, sequence in zip(prompts, generated.sequences, strict=True):

@@ -6,7 +6,7 @@ from typing import Annotated
 import typer
 
 from skipwise.cli.common import Device, Dtype, ModelName, TokenizerName, calibrate, console, progress_bar
-from skipwise.files import check_writable
+from skipwise.files import check_output
 from skipwise.healing import HealSettings, heal
 from skipwise.plan import Plan
 
@@ -34,7 +34,7 @@ def command(
     Example: skipwise heal plan.json tiny-dllm -o healed.json && skipwise eval tiny-dllm --plan healed.json
     """
     loaded = Plan.load(plan)
-    check_writable(output.parent)
+    check_output(output)
     calibration = calibrate(model, texts, count, dtype, device, batch_size, tokenizer_name)
     settings = HealSettings(steps=steps, rank=rank, learning_rate=learning_rate, seed=seed)
     losses: list[float] = []

@@ -46,7 +46,7 @@ def command(
     skipwise inspect flux.1-dev --finetune --blocks 28 --set patch=256
     """
     if finetune:
-        return _print_finetuning(model, memory, blocks, settings_from(settings or []))
+        return _print_finetuning(model, memory, blocks, settings_from(settings or [], command))
     if memory or settings or blocks != "all":
         raise UserError("--memory, --blocks and --set are for the estimate of a fine-tuning; add --finetune.")
     skeleton = load_skeleton(model, dtype=dtype)

@@ -21,7 +21,7 @@ from skipwise.cli.common import (
 from skipwise.errors import UserError
 from skipwise.evaluation import evaluate
 from skipwise.evaluation.writing import Writing, family_of
-from skipwise.files import check_writable
+from skipwise.files import check_output
 from skipwise.loading import load
 from skipwise.plan import Plan
 from skipwise.report.writing import facts_of, writing_table
@@ -59,9 +59,9 @@ def command(
     Example: skipwise judge tiny-text --plan plan.json --judge smollm2-135m --samples 64 --set sampler=ddpm_cache
     """
     plans = [Plan.load(path) for path in plan or []]
-    given = settings_from(setting or [])
+    given = settings_from(setting or [], command)
     begun = _prefixes(prefixes)
-    check_writable(output.parent)
+    check_output(output)
     network, tokenizer = load(model, dtype=dtype, device=device, tokenizer=tokenizer_name)
     writing = Writing(
         judge=judge,

@@ -13,7 +13,7 @@ from skipwise.calibration import Calibration
 from skipwise.cli.common import Device, Dtype, TokenizerName, calibrate, console, progress_bar, settings_from
 from skipwise.errors import UserError
 from skipwise.evaluation import Result
-from skipwise.files import check_writable
+from skipwise.files import check_output
 from skipwise.healing import fit_stand_ins
 from skipwise.loading import load_skeleton
 from skipwise.plan import Plan
@@ -89,14 +89,14 @@ def command(
         raise UserError("Give ANALYSIS, a folder that `skipwise analyze` wrote, or --front with a Result of schedules.")
     if keep is not None or estimate:
         raise UserError("--keep and --estimate choose a plan of a front; name it with --front, or ask for --skip.")
-    measured, settings = Analysis.load(Path(analysis)), settings_from(setting or [])
+    measured, settings = Analysis.load(Path(analysis)), settings_from(setting or [], command)
     calibration: Calibration | None = None
     if needs_model(method) or stand_in:
         if model is None:
             what = method if needs_model(method) else f"a {stand_in} stand-in"
             raise UserError(f"{what} runs the model; name it with --model, such as --model {measured.name}.")
         calibration = calibrate(model, texts, count, dtype, device, batch_size, tokenizer_name)
-    check_writable(output.parent)
+    check_output(output)
     plan = make_plan(measured, method, skip=skip, budget=budget, stack=stack, calibration=calibration, **settings)
     if stand_in and calibration:
         plan = _with_stand_ins(plan, calibration, stand_in)
@@ -146,5 +146,5 @@ def _refuse(why: str, option: str, asked: Mapping[str, object]) -> None:
 
 
 def _write(plan: Plan, output: Path) -> None:
-    check_writable(output.parent)
+    check_output(output)
     console.print(f"{plan.describe()}; written to {plan.save(output)}", highlight=False)

@@ -12,7 +12,7 @@ from skipwise.cli.common import ModelName, console, read_light
 from skipwise.cost import Cost, estimate
 from skipwise.errors import UserError
 from skipwise.examples import Size
-from skipwise.files import check_writable
+from skipwise.files import check_output
 from skipwise.loading import load_skeleton
 from skipwise.plan import Plan
 from skipwise.planners.sandwich import PLACEMENTS, from_lengths, from_segments, schedule, share_for
@@ -57,7 +57,7 @@ def plan(
         raise UserError(f"{given[0]} says already which steps are light; leave out --share and --budget.")
     if share is not None and budget is not None:
         raise UserError("--share and --budget exclude one another; give one of them.")
-    check_writable(output.parent)
+    check_output(output)
     chosen = read_light(light)
     network = load_skeleton(model)
     others = {} if isinstance(chosen, Plan) else {chosen: load_skeleton(chosen)}

@@ -31,6 +31,7 @@ from skipwise.evaluation.arguments import check_peft, largest_batch, load_model,
 from skipwise.evaluation.distributed import Distributed
 from skipwise.evaluation.likelihood import Likelihood, LikelihoodSettings, Request, loglikelihoods, pad
 from skipwise.examples import Size
+from skipwise.identity import identity
 from skipwise.models import kind_of
 from skipwise.plan import Plan
 from skipwise.sampling import generate
@@ -325,26 +326,23 @@ class SkipwiseLM(Distributed, TemplateLM):
         cache = cache_hook.dbdict
         if cache is None:
             return
-        if len(cache) and cache.get(FINGERPRINT) != self.fingerprint:
+        fingerprint = self.fingerprint
+        if len(cache) and cache.get(FINGERPRINT) != fingerprint:
             raise UserError(
                 f"The cache {cache.filename} holds the answers of another model, plan or settings; "
                 "give --use_cache another path."
             )
-        cache[FINGERPRINT] = self.fingerprint
+        cache[FINGERPRINT] = fingerprint
 
     @property
     def fingerprint(self) -> str:
         """A hash of what answers depend on besides the request. batch_size counts where draws follow batches."""
         likelihood = self.likelihood if self.likelihood.compat else replace(self.likelihood, batch_size=1)
-        parts = {
-            "model": self.name,
-            "dtype": str(next(self.model.parameters()).dtype),
-            "plan": self.plan.model_dump(mode="json", include={"phases"}) if self.plan else None,
-            "adapter": self.plan.adapter.sha256 if self.plan and self.plan.adapter else None,
-            "settings": self.settings | asdict(likelihood) | {"max_length": self.max_length},
-            "texts": [self.tokenizer.name_or_path, self.add_bos_token, self.escape_until],
-        }
-        return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()
+        settings = self.settings | asdict(likelihood) | {"max_length": self.max_length}
+        settings |= {"texts": [self.add_bos_token, self.escape_until]}
+        others = load_others(self.plan, self.model, self.tokenizer)
+        parts = identity(self.model, self.plan, self.tokenizer, settings, others)
+        return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
 
     def get_model_info(self) -> dict[str, Any]:
         """What lm-eval writes into the config of its results.

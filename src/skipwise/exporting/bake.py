@@ -5,7 +5,6 @@ blocks' tensors are left behind, later blocks renumbered, the config shortened. 
 """
 
 import json
-import re
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -20,11 +19,13 @@ from skipwise.cost import estimate
 from skipwise.errors import UserError
 from skipwise.exporting.card import PLAN_FILE, Export, write_card
 from skipwise.exporting.checkpoint import Checkpoint, Move, Transform, read_checkpoint, rewrite
-from skipwise.exporting.config import Build, Config, cut_config, kept_of, resolved_config
+from skipwise.exporting.config import Build, Config, cut_config, resolved_config
 from skipwise.exporting.engine_files import check_file, has_file, write_file
 from skipwise.exporting.fitting import check_engine, config_for, fitting_plan
 from skipwise.exporting.folder import check_absent, copy_files, whole_or_absent
+from skipwise.exporting.keeping import kept_of
 from skipwise.exporting.keys import key_reader, plan_moves
+from skipwise.exporting.proof import prove
 from skipwise.files import write_atomically
 from skipwise.loading import NATIVE, Source, build_skeleton, check_weights, find, readable_errors
 from skipwise.plan import Plan
@@ -45,7 +46,8 @@ def export(
     transformer is exported. A plan's adapter is merged into the weights. Logits are, bit for bit, those of the source
     under `skip(model, plan)`. Memory holds one shard at a time, and the weights that an
     adapter changes. example: keyword arguments of one forward, for a model
-    that skipwise has no inputs for.
+    that skipwise has no inputs for. Of blocks that depend on their number none but the last can be left out; both
+    models are then loaded and run, and must be the same.
     engine: another one that the export is for (docs/engines.md): "mlx-lm", "ctranslate2", "llama.cpp", "onnx" or
     "openvino". What it needs is added, for the last three a file beside the weights (the last two load the export whole
     to trace it). nearest: take the nearest plan when the engine takes kinds of layers by position and the plan moves
@@ -67,7 +69,8 @@ def export(
         skeleton = _skeleton(config, plan, build, example)
         if engine is not None:
             plan = fitting_plan(engine, plan, skeleton, nearest)
-        smaller, twin = cut_config(config, skeleton, plan, build)
+        cut = cut_config(config, skeleton, plan, build)
+        smaller, twin = cut.config, cut.twin
         if engine is not None:
             smaller = config_for(engine, smaller, twin, build)
             check_file(engine, resolved_config(twin), found.folder)
@@ -87,6 +90,8 @@ def export(
         write_atomically(folder / "README.md", card)
         plan.save(folder / PLAN_FILE)
         write_file(engine, folder, resolved_config(twin))
+        if not cut.certain or _numbered(skeleton, plan):
+            prove(found.name, folder, plan, example)
     return target
 
 
@@ -169,27 +174,34 @@ def _check_source(config: Config, model: nn.Module, contract: Contract, plan: Pl
         raise UserError("The source is quantised; export the original checkpoint, then quantise the export.")
     for kept in kept_of(plan):
         stack = contract.stacks[kept.stack]
-        if stack.in_place or stack.coupled:
-            why = f"share their weights with {', '.join(stack.coupled)}" if stack.coupled else "depend on their number"
+        why = None
+        if stack.coupled:
+            why = f"share their weights with {', '.join(stack.coupled)}", "use the plan with `skip` instead"
+        elif stack.in_place and not kept.is_first:
+            why = "depend on their number", "leave out none but the last, or use the plan with `skip`"
+        if why is not None:
             raise UserError(
-                f"{contract.architecture} cannot be exported: the blocks of {kept.stack} {why}, so that a checkpoint "
-                "without some of them is another model; use the plan with `skip` instead."
+                f"{contract.architecture} cannot be exported: the blocks of {kept.stack} {why[0]}, so that a "
+                f"checkpoint without some of them is another model; {why[1]}."
             )
     sharing = _shared_between_blocks(model, plan) or _shares_caches(resolved_config(model))
     if sharing:
         raise UserError(f"{contract.architecture} cannot be exported: {sharing}; use the plan with `skip` instead.")
 
 
+def _numbered(model: nn.Module, plan: Plan) -> bool:
+    """Whether the plan is of blocks that depend on their number, of which it leaves out the last ones."""
+    stacks = find_contract(model).stacks
+    return any(stacks[kept.stack].in_place for kept in kept_of(plan))
+
+
 def _shared_between_blocks(model: nn.Module, plan: Plan) -> str | None:
-    """A parameter of a planned block that something outside of it holds too, and would lose."""
-    stacks = [re.escape(kept.stack) for kept in kept_of(plan)]
-    block = re.compile(rf"(?:{'|'.join(stacks)})\.\d+\.")
-    holders: dict[int, tuple[str, str]] = {}  # id of a parameter -> its first name and the block that this is in
+    """A parameter of a skipped block, by its first name, that something outside of it holds too, and would lose."""
+    skipped = [f"{kept.stack}.{number}." for kept in kept_of(plan) for number in kept.skipped]
+    holders: dict[int, str] = {}  # id of a parameter -> its first name
     for name, parameter in model.named_parameters(remove_duplicate=False):
-        found = block.match(name)
-        owner = found[0] if found else ""
-        other, other_owner = holders.setdefault(id(parameter), (name, owner))
-        if owner != other_owner:
+        other = holders.setdefault(id(parameter), name)
+        if any(other.startswith(block) and not name.startswith(block) for block in skipped):
             return f"{name} is the same tensor as {other}"
     return None
 
@@ -212,5 +224,5 @@ def _check_weights(source: Source) -> None:
 
 def _sizes(checkpoint: Checkpoint, moves: Mapping[str, Move]) -> tuple[int, int]:
     """Bytes of the weights before and after."""
-    sizes = {key: entry.size for key, entry in checkpoint.entries.items()}
-    return sum(sizes.values()), sum(sizes[key] for key in moves)
+    entries = checkpoint.entries
+    return sum(entry.size for entry in entries.values()), sum(move.size(entries[key]) for key, move in moves.items())

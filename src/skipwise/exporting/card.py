@@ -8,8 +8,10 @@ from typing import Any
 from huggingface_hub import ModelCardData, metadata_load
 from yaml import YAMLError
 
-from skipwise.exporting.config import Config, kept_of
+from skipwise.exporting.config import Config
 from skipwise.exporting.engines import ENGINES, title, verdict
+from skipwise.exporting.keeping import kept_of
+from skipwise.files import read_json
 from skipwise.loading import NATIVE, Source
 from skipwise.plan import Plan
 
@@ -113,7 +115,7 @@ def _pipeline(source: Source) -> str | None:
     root = pipeline_root(source)
     if root is None:
         return None
-    return json.loads((root / "model_index.json").read_text(encoding="utf-8")).get("_class_name", "DiffusionPipeline")
+    return read_json(root / "model_index.json").get("_class_name", "DiffusionPipeline")
 
 
 def _what_is_skipped(plan: Plan) -> str:

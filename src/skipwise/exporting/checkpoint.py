@@ -12,7 +12,8 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from skipwise.errors import UserError
-from skipwise.files import write_atomically
+from skipwise.exporting.keeping import Slices
+from skipwise.files import read_json, write_atomically
 
 # what transformers and diffusers call the weights: NAME.safetensors, or shards listed in NAME.safetensors.index.json
 STEMS = ("model", "diffusion_pytorch_model")
@@ -51,10 +52,21 @@ class Checkpoint:
 
 @dataclass(frozen=True)
 class Move:
-    """Where one tensor goes: its key in the smaller checkpoint, and its name in the whole source model."""
+    """Where one tensor goes: its key in the smaller checkpoint, its name in the whole source model, and what is left of
+    it, where that is less than all.
+    """
 
     key: str
     name: str
+    slices: Slices | None = None
+
+    def of(self, tensor: Tensor) -> Tensor:
+        """What is written of the tensor."""
+        return tensor if self.slices is None else self.slices.of(tensor)
+
+    def size(self, entry: Entry) -> int:
+        """Bytes that are written of it."""
+        return entry.size if self.slices is None else self.slices.kept.share(entry.size)
 
 
 def read_checkpoint(folder: Path, name: str) -> Checkpoint:
@@ -74,7 +86,7 @@ def read_checkpoint(folder: Path, name: str) -> Checkpoint:
 
 def _read_index(path: Path) -> dict[str, Any]:
     try:
-        index = json.loads(path.read_text(encoding="utf-8"))
+        index = read_json(path)
         return {"weight_map": dict(index["weight_map"]), "metadata": dict(index.get("metadata") or {})}
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise UserError(f"{path} cannot be read as an index of shards: {error!r}; download it again.") from error
@@ -135,7 +147,7 @@ def _read_shard(
     path: Path, moves: Mapping[str, Move], transform: Transform
 ) -> tuple[dict[str, Tensor], dict[str, str] | None]:
     with safe_open(path, "pt") as shard:
-        tensors = {move.key: transform(move.name, shard.get_tensor(key)) for key, move in moves.items()}
+        tensors = {move.key: move.of(transform(move.name, shard.get_tensor(key))) for key, move in moves.items()}
         return tensors, shard.metadata()
 
 

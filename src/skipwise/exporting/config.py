@@ -6,66 +6,39 @@ must have the same modules, with the same settings and the same shapes, block by
 """
 
 import copy
+import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from itertools import product
 from typing import Any
 
 from torch import nn
 
-from skipwise.blocks import layer_configs, layer_list_names, module_list
+from skipwise.blocks import module_list
 from skipwise.errors import UserError
-from skipwise.kept import KEPT_STATE, running_modules
-from skipwise.per_layer import cut_setting
+from skipwise.exporting.keeping import Kept, kept_of
+from skipwise.exporting.sameness import DEPTHS, Difference, compare
 from skipwise.plan import Plan
-from skipwise.skipping import skip
-from skipwise.wrapping import class_of
 
 Config = dict[str, Any]
 Build = Callable[[Config], nn.Module]
+ROUNDINGS = 4  # how far, in last digits, a tuned number may be from where it is looked for
 Place = tuple[tuple[str, ...], str]  # the path to a section of a config, and a key in it
-
-# some configs of language models give the number of layers twice, by two of these names
-DEPTHS = ("num_hidden_layers", "num_layers", "n_layers", "n_layer")
-# what nothing reads, or what a forward sets: a block's number, the source of a module's own setting, a recurrent state,
-# the first layer that shares keys and values where none does (with shared ones an export is refused before)
-NEVER_READ = {
-    ("ZImageTransformerBlock", "layer_id"),
-    ("GPTNeoXJapaneseLayer", "layer_number"),
-    ("GPTNeoAttention", "attention_layers"),
-    ("RecurrentGemmaRglru", "recurrent_states"),
-    ("RecurrentGemmaRecurrentBlock", "conv1d_state"),
-    ("RwkvModel", "layers_are_rescaled"),
-    ("XLNetModel", "n_layer"),
-    ("Gemma4TextModel", "first_kv_shared_layer_idx"),
-    ("Gemma4UnifiedTextModel", "first_kv_shared_layer_idx"),
-}
 
 
 @dataclass(frozen=True)
-class Kept:
-    """The blocks of one stack that are kept, by their old numbers."""
+class Smaller:
+    """A smaller model: its config.json, the model on the meta device, and whether it is certain to be the source under
+    the plan, or must still be proved by running both.
+    """
 
-    stack: str
-    length: int
-    blocks: tuple[int, ...]
-
-    def of(self, key: str, value: Any) -> Any:
-        """What a setting of the config is after the cut: unchanged unless it is about single blocks."""
-        return cut_setting(key, value, self.length, self.blocks)
+    config: Config
+    twin: nn.Module
+    certain: bool
 
 
-def kept_of(plan: Plan) -> list[Kept]:
-    """What a static plan keeps of each stack that it takes blocks from."""
-    skipped = {stack: numbers for stack, numbers in plan.phases[0].skip.items() if numbers}
-    lengths = plan.model.stacks
-    return [
-        Kept(stack, lengths[stack], tuple(i for i in range(lengths[stack]) if i not in numbers))
-        for stack, numbers in skipped.items()
-    ]
-
-
-def cut_config(config: Config, model: nn.Module, plan: Plan, build: Build) -> tuple[Config, nn.Module]:
-    """(config.json of the smaller model, that model on the meta device).
+def cut_config(config: Config, model: nn.Module, plan: Plan, build: Build) -> Smaller:
+    """The config of the smaller model, and what it builds.
 
     config: of the source; model: its skeleton. Raises UserError when no config describes the kept blocks exactly: the
     architecture then makes a block by its number, in a way that its config cannot undo.
@@ -78,12 +51,66 @@ def cut_config(config: Config, model: nn.Module, plan: Plan, build: Build) -> tu
         return _cut(smaller, resolved_config(model), model, plan, build)
 
 
-def _cut(config: Config, defaults: Config, model: nn.Module, plan: Plan, build: Build) -> tuple[Config, nn.Module]:
+def _cut(config: Config, defaults: Config, model: nn.Module, plan: Plan, build: Build) -> Smaller:
     for kept in kept_of(plan):
         config = _shorten(config, defaults, model, kept, plan, build)
     twin = build(config)
-    _check_twin(model, twin, plan)
-    return config, twin
+    compared = compare(model, twin, plan)
+    if compared.difference is None:
+        return Smaller(config, twin, compared.certain)
+    tuned = _tune(config, defaults, compared.difference, model, plan, build)
+    if tuned is None:
+        raise compared.difference.refusal(plan)
+    return tuned
+
+
+def _tune(
+    config: Config, defaults: Config, difference: Difference, model: nn.Module, plan: Plan, build: Build
+) -> Smaller | None:
+    """The smaller model with another number in its config, where blocks are made with one that depends on how many
+    there are (MiniCPM3 divides its `scale_depth` by the root), so that theirs is exactly the source's.
+    """
+    found, wanted = difference.found, difference.wanted
+    if not (isinstance(found, float) and isinstance(wanted, float) and found * wanted > 0):
+        return None
+    for (path, key), value in {**dict(_numbers(defaults)), **dict(_numbers(config))}.items():
+        for candidate in _nearest(value * wanted / found):
+            changed = copy.deepcopy(config)
+            _section(changed, path)[key] = candidate
+            try:
+                twin = build(changed)
+            except Exception:  # as in _shorten
+                break
+            compared = compare(model, twin, plan)
+            if compared.difference is None:
+                return Smaller(changed, twin, certain=False)
+            if not _is_near(compared.difference, difference):
+                break
+    return None
+
+
+def _numbers(config: Mapping[str, Any], path: tuple[str, ...] = ()) -> Iterator[tuple[Place, float]]:
+    """All numbers that are no counts, and their places."""
+    for key, value in config.items():
+        if isinstance(value, dict):
+            yield from _numbers(value, (*path, key))
+        elif isinstance(value, float) and value:
+            yield (path, key), value
+
+
+def _nearest(value: float) -> Iterator[float]:
+    """The value, and those next to it, by rounding of which the one that is sought may be another."""
+    yield value
+    above = below = value
+    for _ in range(ROUNDINGS):
+        above, below = math.nextafter(above, math.inf), math.nextafter(below, -math.inf)
+        yield from (above, below)
+
+
+def _is_near(found: Difference, sought: Difference) -> bool:
+    """Whether a try differs from what is sought by rounding alone."""
+    same = (found.module, found.key) == (sought.module, sought.key)
+    return same and isinstance(found.found, float) and math.isclose(found.found, sought.wanted, rel_tol=1e-12)
 
 
 def resolved_config(model: nn.Module) -> Config:
@@ -98,8 +125,10 @@ def _shorten(config: Config, defaults: Config, model: nn.Module, kept: Kept, pla
     final |= {each.stack: len(each.blocks) for each in kept_of(plan)}
     if before[kept.stack] == final[kept.stack]:  # shortened with another one: a number may set the length of two
         return config
-    for path, key in dict.fromkeys([*_depths(config, kept.length), *_depths(resolved_config(model), kept.length)]):
-        candidate = _lowered(config, defaults, kept, path, key)
+    places = dict.fromkeys([*_depths(config, kept.length), *_depths(resolved_config(model), kept.length)])
+    # what is about single layers may be about those of another stack that is as long (LED's windows)
+    for (path, key), cuts in product(places, (True, False)):
+        candidate = _lowered(config, defaults, kept, path, key, cuts)
         try:
             found = _lengths(build(candidate), plan)
         except Exception:  # configs check themselves, each in its own way: this number is another one
@@ -126,10 +155,13 @@ def _depths(config: Mapping[str, Any], length: int, path: tuple[str, ...] = ()) 
             yield path, key
 
 
-def _lowered(config: Config, defaults: Config, kept: Kept, path: tuple[str, ...], key: str) -> Config:
-    """The config with this number lowered, and with all in its section that is about single blocks cut."""
+def _lowered(config: Config, defaults: Config, kept: Kept, path: tuple[str, ...], key: str, cuts: bool) -> Config:
+    """The config with this number lowered and, with `cuts`, all in its section that is about single blocks cut."""
     candidate = copy.deepcopy(config)
     section = _section(candidate, path)
+    if not cuts:
+        section |= {} if isinstance(section.get(key), list) else {key: len(kept.blocks)}
+        return candidate
     made = {name: value for name, value in _section(defaults, path).items() if isinstance(value, list | tuple)}
     made = {name: value for name, value in made.items() if "layer" in name and not name.startswith("_")}
     section |= {name: kept.of(name, value) for name, value in (made | section).items()}
@@ -150,81 +182,3 @@ def _section(config: Config, path: tuple[str, ...]) -> Config:
     for key in path:
         config = config.setdefault(key, {})
     return config
-
-
-def _check_twin(model: nn.Module, twin: nn.Module, plan: Plan) -> None:
-    """Raise UserError, with the first difference, unless the twin is the model under the plan."""
-    with skip(model, plan):
-        wanted = _facts(model, plan)
-    found = _facts(twin, plan)
-    _forget_gone_kinds(wanted, found)
-    _count_what_runs(wanted, found, plan)
-    for name in [*wanted, *(name for name in found if name not in wanted)]:
-        if wanted.get(name) != found.get(name):
-            what = _difference(wanted.get(name, {}), found.get(name, {}))
-            last = "last block, " if _is_in_last_block(name, plan) else ""
-            raise UserError(
-                f"{plan.model.architecture} cannot be exported with this plan: built from a smaller config, its "
-                f"{last}{name} would have {what}; skip other blocks, or use the plan with `skip`."
-            )
-
-
-def _is_in_last_block(name: str, plan: Plan) -> bool:
-    return any(f"{name}.".startswith(f"{kept.stack}.{len(kept.blocks) - 1}.") for kept in kept_of(plan))
-
-
-def _forget_gone_kinds(wanted: dict[str, dict[str, Any]], found: Mapping[str, Mapping[str, Any]]) -> None:
-    """Drop, in place, a rotary embedding's tables for kinds of layers of which none is left: nothing reads them."""
-    for name, facts in wanted.items():
-        kinds, left = facts.get("layer_types", []), found.get(name, {}).get("layer_types", [])
-        gone = tuple(f"{kind}_" for kind in kinds if kind not in left)
-        if "RotaryEmbedding" in facts.get("class", "") and gone and left:
-            wanted[name] = {key: value for key, value in facts.items() if not key.startswith(gone)}
-            wanted[name]["layer_types"] = left
-
-
-def _count_what_runs(wanted: dict[str, dict[str, Any]], found: Mapping[str, Mapping[str, Any]], plan: Plan) -> None:
-    """Set, in place, what the owner of a list keeps beside it of the number of blocks (CTRL, DistilBERT, XLNet), and
-    lists of one entry a block that is the same for all (LongCat-Image).
-    """
-    for kept in kept_of(plan):
-        name = kept.stack.rpartition(".")[0] or "model"
-        owner, cut = wanted[name], found.get(name, {})
-        owner |= {key: len(kept.blocks) for key in DEPTHS if owner.get(key) == kept.length}
-        for key, value in owner.items():
-            alike = isinstance(value, list | tuple) and len(value) == kept.length and len(set(map(repr, value))) == 1
-            if alike and cut.get(key) == value[: len(kept.blocks)]:
-                owner[key] = cut[key]
-
-
-def _difference(wanted: Mapping[str, Any], found: Mapping[str, Any]) -> str:
-    absent = object()
-    key = next(key for key in [*wanted, *found] if wanted.get(key, absent) != found.get(key, absent))
-    return f"{key} {found.get(key, 'missing')!r} instead of {wanted.get(key, 'missing')!r}"
-
-
-def _facts(model: nn.Module, plan: Plan) -> dict[str, dict[str, Any]]:
-    """All that a config decides about a model: class, settings and shapes of every module, per-layer lists."""
-    facts = {name or "model": _facts_of(module) for name, module in running_modules(model)}
-    for kept in kept_of(plan):
-        for number, config in enumerate(layer_configs(model, kept.stack)):
-            lists = {key: list(getattr(config, key)) for key in layer_list_names(config, len(kept.blocks))}
-            overrides = getattr(config, "_heterogeneity_spec", None)
-            if lists or overrides is not None:  # whether a config without either counts these blocks says nothing
-                facts[f"config {number} of {kept.stack}"] = lists | {"per-layer overrides": overrides}
-    return facts
-
-
-def _facts_of(module: nn.Module) -> dict[str, Any]:
-    kind = class_of(module).__name__
-    ignored = {"training", *KEPT_STATE, *(name for owner, name in NEVER_READ if owner == kind)}
-    settings = {key: value for key, value in vars(module).items() if key not in ignored and _is_plain(value)}
-    tensors = {**module._parameters, **module._buffers}
-    shapes = {f"{key} of shape": tuple(tensor.shape) for key, tensor in tensors.items() if tensor is not None}
-    return {"class": kind, **settings, **shapes}
-
-
-def _is_plain(value: Any) -> bool:
-    if isinstance(value, list | tuple):
-        return all(_is_plain(item) for item in value)
-    return value is None or isinstance(value, bool | int | float | str)

@@ -5,8 +5,9 @@ from typing import Any
 from torch import nn
 
 from skipwise.errors import UserError, unknown
-from skipwise.exporting.config import Build, Config, Kept, kept_of, resolved_config
+from skipwise.exporting.config import Build, Config, resolved_config
 from skipwise.exporting.engines import ENGINES, Reading, additions, title, wrongs
+from skipwise.exporting.keeping import Kept, kept_of
 from skipwise.plan import Plan, Provenance
 
 

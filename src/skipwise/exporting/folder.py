@@ -1,16 +1,14 @@
 """The target of an export: a folder that is there whole or not at all, and what is carried over beside the weights."""
 
-import glob
 import json
 import shutil
-import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 from skipwise.errors import UserError
 from skipwise.exporting.card import PLAN_FILE, pipeline_root
-from skipwise.files import check_writable, write_atomically
+from skipwise.files import check_writable, partial_folder, remove_partials, write_atomically
 from skipwise.loading import Source
 
 # What is carried over beside the weights: tokenizer, chat templates, generation settings, licences. No code, no pickle.
@@ -35,29 +33,24 @@ def whole_or_absent(target: Path, size: int) -> Iterator[Path]:
     size: bytes of the weights that will be written. What a killed run has left is removed.
     """
     parent = check_writable(target.absolute().parent)
-    marker = f".{target.name}.partial-"
-    for stale in parent.glob(f"{glob.escape(marker)}*"):
-        gone = stale.rename(f"{stale}-gone")  # at once: a run that is still at it must fail, not end with half of it
-        shutil.rmtree(gone, ignore_errors=True)
+    remove_partials(parent)  # before the disk is asked what is free
     free = shutil.disk_usage(parent).free
     if free < size + SPARE:
         raise UserError(
             f"{parent} has {free / 1e9:.3g} GB left and the export needs {size / 1e9:.3g} GB; free some, or choose "
             "another disk."
         )
-    partial = Path(tempfile.mkdtemp(prefix=marker, dir=parent))
     try:
-        yield partial
-        partial.chmod(0o755)  # temporary folders are private by default, results are not
-        if target.is_dir():
-            target.rmdir()  # empty, or it would have been refused
-        partial.rename(target)
+        with partial_folder(parent) as partial:
+            yield partial
+            partial.chmod(0o755)  # temporary folders are private by default, results are not
+            if target.is_dir():
+                target.rmdir()  # empty, or it would have been refused
+            partial.rename(target)
     except OSError as error:
         raise UserError(
             f"Cannot write {target}: {error.strerror or error}. Choose a folder you can write to."
         ) from error
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
 
 
 def copy_files(source: Source, target: Path) -> None:

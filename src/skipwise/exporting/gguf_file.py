@@ -74,7 +74,19 @@ def check(config: Config, source: Path) -> None:
     local = ropes.get("sliding_attention", {}).get("rope_theta", LOCAL_THETA)
     if local != LOCAL_THETA:
         raise UserError(f"llama.cpp takes a rope base of {LOCAL_THETA:g} in windowed layers, and here it is {local:g}.")
-    _read_tokenizer(source)
+    _check_vocabulary(_read_tokenizer(source), config["vocab_size"])
+
+
+def _check_vocabulary(tokenizer: tuple[dict[str, Any], str] | None, size: int) -> None:
+    """Raise UserError for a token that the model has no row for."""
+    content = tokenizer[0] if tokenizer else {"model": {"vocab": {}}}
+    numbers = {added["content"]: added["id"] for added in content.get("added_tokens", [])} | content["model"]["vocab"]
+    last = max(numbers, key=lambda token: numbers[token], default=None)
+    if last is not None and numbers[last] >= size:
+        raise UserError(
+            f"The source's tokenizer has the token {last!r} at {numbers[last]}, and the model knows {size} tokens; "
+            "put the tokenizer that belongs to the model beside its weights, or export without --for llama.cpp."
+        )
 
 
 def write(folder: Path, config: Config) -> None:

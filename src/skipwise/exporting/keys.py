@@ -15,7 +15,7 @@ from transformers.core_model_loading import WeightConverter, WeightRenaming, ren
 
 from skipwise.errors import UserError
 from skipwise.exporting.checkpoint import Checkpoint, Move
-from skipwise.exporting.config import Kept
+from skipwise.exporting.keeping import Kept, slices
 
 
 @dataclass(frozen=True)
@@ -56,7 +56,7 @@ def plan_moves(
     carry along) is left out. Raises UserError unless the moved keys are exactly those of the smaller model.
     """
     read, read_twin = key_reader(model, mapping), key_reader(twin, mapping)
-    names, twin_names = set(model.state_dict()), twin.state_dict()
+    names, twin_names = model.state_dict(), twin.state_dict()
     moves: dict[str, Move] = {}
     for key, entry in checkpoint.entries.items():
         loaded = read(key)
@@ -65,8 +65,11 @@ def plan_moves(
         name = _renumber(loaded.name, kept)
         if name is None:
             continue
-        moves[key] = Move(_new_key(key, name, loaded.name, kept, read_twin), loaded.name)
-        if name not in twin_names or not (loaded.converted or entry.shape == tuple(twin_names[name].shape)):
+        shape = tuple(twin_names[name].shape) if name in twin_names else ()
+        whole = name == loaded.name and not loaded.converted and entry.shape == tuple(names[name].shape)
+        left = slices(entry.shape, shape, kept) if whole else None
+        moves[key] = Move(_new_key(key, name, loaded.name, kept, read_twin), loaded.name, left)
+        if name not in twin_names or not (loaded.converted or left or entry.shape == shape):
             raise UserError(f"{key} of the checkpoint does not fit its config.json; is that of another model?")
     _check_complete(twin, [read_twin(move.key) for move in moves.values()])
     return moves
@@ -102,7 +105,8 @@ def _check_complete(twin: nn.Module, loaded: Iterable[Loaded]) -> None:
         return
     tensors, found = twin.state_dict(keep_vars=True), {each.name for each in loaded}
     filled = {id(tensors[name]) for name in found}
-    missing = [name for name, tensor in tensors.items() if id(tensor) not in filled]
+    computed = getattr(twin, "_keys_to_ignore_on_save", None) or ()  # tables that no checkpoint has (Marian)
+    missing = [name for name, tensor in tensors.items() if id(tensor) not in filled and name not in computed]
     if missing:
         more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
         raise UserError(f"The checkpoint lacks {missing[0]}{more}; is its config.json that of another model?")

@@ -9,13 +9,13 @@ several of these when they say the same.
 
 import csv
 import io
-import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any, NamedTuple
 
 from skipwise.errors import UserError
+from skipwise.files import parse_json
 
 ENDINGS = (".txt", ".caption")
 TABLES = ("metadata.jsonl", "metadata.csv")
@@ -107,7 +107,7 @@ def _rows(path: Path, text: str) -> Iterator[tuple[int, Mapping[str, Any]]]:
     for number, line in enumerate(text.split("\n"), 1):  # a JSON string may hold other line breaks
         if line.strip():
             try:
-                content = json.loads(line)
+                content = parse_json(line)
             except (ValueError, RecursionError):
                 content = None
             if not isinstance(content, dict):

@@ -14,9 +14,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from skipwise.blocks import Stack, find_contract, module_list
+from skipwise.cuts import placing
 from skipwise.examples import shapes_only
 from skipwise.finetuning.runs import Run
-from skipwise.skipping import PassThrough, placing
+from skipwise.kept import PassThrough
 
 Mark = tuple[str, int]  # run name, number of the stream
 Shapes = dict[str, tuple[torch.Size | None, ...]]  # run name -> shape of each stream, None of one that is discarded

@@ -12,11 +12,12 @@ from typing import Any, Literal, get_args
 from torch import Tensor, nn
 
 from skipwise.blocks import Contract, Stack, find_contract, module_list
+from skipwise.cuts import placing
 from skipwise.errors import UserError, unknown
 from skipwise.finetuning.late import Blocks, Streamed
 from skipwise.finetuning.runs import Run, Train, skipped_runs
+from skipwise.kept import PassThrough
 from skipwise.plan import Plan
-from skipwise.skipping import PassThrough, placing
 
 LateMode = Literal["residual", "frozen", "streamed", "none"]
 Streams = tuple[Tensor | None, ...]  # one tensor (batch, tokens, width) a stream, None where the model discards it

@@ -2,7 +2,6 @@
 
 import json
 import os
-import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -11,7 +10,7 @@ import torch
 from torch import nn
 
 from skipwise.errors import UserError, require
-from skipwise.files import check_writable
+from skipwise.files import check_writable, partial_folder
 
 # as diffusers' training scripts: the projections of the image, and, in joint attention, those of the text
 PROJECTIONS = ("to_q", "to_k", "to_v", "to_out.0", "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out")
@@ -87,7 +86,7 @@ def save_lora(pipeline_class: Any, folder: str | Path, transformer: nn.Module, a
     state = {name: tensor.detach().cpu().contiguous() for name, tensor in state.items()}
     folder = check_writable(folder)
     # in a folder beside the files, so that moving them there is one step each
-    with tempfile.TemporaryDirectory(dir=folder) as beside:
+    with partial_folder(folder) as beside:
         if hasattr(pipeline_class, "save_lora_weights"):
             pipeline_class.save_lora_weights(
                 beside,
@@ -95,8 +94,8 @@ def save_lora(pipeline_class: Any, folder: str | Path, transformer: nn.Module, a
                 transformer_lora_adapter_metadata=dict(_plain(config.to_dict())),
             )
         else:
-            _save_peft(Path(beside), state, config)
-        written = sorted(Path(beside).iterdir(), key=lambda path: path.suffix)  # the weights, .safetensors, go last
+            _save_peft(beside, state, config)
+        written = sorted(beside.iterdir(), key=lambda path: path.suffix)  # the weights, .safetensors, go last
         for path in written:
             os.replace(path, folder / path.name)
     return folder / written[-1].name

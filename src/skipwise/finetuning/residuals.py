@@ -9,7 +9,6 @@ the file's name when the store is opened. So no flipped byte gets into a trainin
 import hashlib
 import json
 import os
-import tempfile
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property
@@ -22,7 +21,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from skipwise.errors import UserError
-from skipwise.files import check_writable, write_atomically
+from skipwise.files import check_writable, partial_file, read_json, remove_partials, write_atomically
 from skipwise.finetuning.draws import Draw
 from skipwise.finetuning.hollow import Record, Streams
 
@@ -30,7 +29,6 @@ FORMAT = "skipwise-residuals/1"
 SHARD = 512 << 20  # bytes of records in one file
 DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
 NEEDED = ("base", "runs", "dtype")
-PARTIAL = ".partial-"
 
 
 @dataclass(frozen=True)
@@ -104,6 +102,7 @@ class ResidualStore:
         """
         folder = check_writable(folder)
         _check_settings(settings)
+        remove_partials(folder)
         if (folder / "store.json").exists():
             _check_same(folder, settings)
         elif any(folder.iterdir()):
@@ -111,8 +110,6 @@ class ResidualStore:
         else:
             content = {"format": FORMAT, "settings": _as_json(settings)}
             write_atomically(folder / "store.json", json.dumps(content, indent=2) + "\n")
-        for left in folder.glob(f"{PARTIAL}*"):  # of a process that was killed while it wrote
-            left.unlink()
         return cls(folder, settings, shard_bytes)
 
     @classmethod
@@ -200,15 +197,13 @@ class ResidualStore:
         self._add(self._save(tensors, {"records": json.dumps(described)}))
 
     def _save(self, tensors: dict[str, Tensor], metadata: dict[str, str]) -> Path:
-        descriptor, name = tempfile.mkstemp(dir=self.folder, prefix=PARTIAL)
-        os.close(descriptor)
         try:
-            save_file(tensors, name, metadata)
-            os.chmod(name, 0o644)
-            path = self.folder / f"records-{self._shards:05d}-{_header(Path(name))[0]}.safetensors"
-            os.replace(name, path)
+            with partial_file(self.folder) as partial:
+                save_file(tensors, partial, metadata)
+                partial.chmod(0o644)
+                path = self.folder / f"records-{self._shards:05d}-{_header(partial)[0]}.safetensors"
+                os.replace(partial, path)
         except (OSError, SafetensorError) as error:
-            Path(name).unlink(missing_ok=True)
             raise UserError(
                 f"Cannot write in {self.folder}: {error}. What is there stays; free some space and run it again."
             ) from error
@@ -296,7 +291,7 @@ def _check_same(folder: Path, settings: Mapping[str, Any]) -> None:
     """Raise UserError unless the folder's store was made with these settings."""
     path = folder / "store.json"
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = read_json(path)
     except FileNotFoundError as error:
         raise UserError(f"There is no residual store in {folder}; make one first.") from error
     except (OSError, ValueError) as error:

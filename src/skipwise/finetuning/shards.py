@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 from skipwise.blocks import Contract, find_contract
 from skipwise.errors import UserError, require, unknown
+from skipwise.files import read_json
 from skipwise.loading import DTYPES, Source, build_skeleton, check_plain, check_weights, find, readable_errors
 
 SAMPLE = 4096  # bytes: of each tensor its first, middle and last are hashed
@@ -330,7 +331,7 @@ def _files(source: Source) -> list[Path]:
     indices = sorted(source.folder.glob("*.safetensors.index.json"))
     if len(indices) == 1:
         try:
-            names = set(json.loads(indices[0].read_text(encoding="utf-8"))["weight_map"].values())
+            names = set(read_json(indices[0])["weight_map"].values())
         except (OSError, ValueError, KeyError, AttributeError) as error:
             raise UserError(f"{indices[0]} cannot be read as an index; copy or download it again.") from error
         paths = [source.folder / Path(name).name for name in sorted(names)]

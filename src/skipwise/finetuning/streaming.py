@@ -21,13 +21,14 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 
 from skipwise.blocks import Contract, Stack, bind, find_contract, module_list
+from skipwise.cuts import placing
 from skipwise.errors import UserError
 from skipwise.finetuning.dataflow import Shapes, record_shapes
 from skipwise.finetuning.hollow import Streams
 from skipwise.finetuning.host import Host
 from skipwise.finetuning.runs import Run
 from skipwise.finetuning.shards import Device, Weights
-from skipwise.skipping import PassThrough, placing
+from skipwise.kept import PassThrough
 
 Sample = Mapping[str, Any]  # keyword arguments of one forward
 

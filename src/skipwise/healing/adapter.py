@@ -5,12 +5,12 @@ peft (Hu et al., arXiv 2106.09685); the adapter is a folder as peft writes it, a
 """
 
 import math
-import tempfile
 import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import nn
@@ -20,8 +20,12 @@ from skipwise.blocks import find_contract, module_list
 from skipwise.calibration import Batch, Calibration, divergence
 from skipwise.checkpoints import Checkpoint
 from skipwise.errors import UserError, require
+from skipwise.files import partial_folder
+from skipwise.finite import is_finite, not_finite
+from skipwise.identity import identity
 from skipwise.plan import Plan
 from skipwise.skipping import Skipping, skip, whole
+from skipwise.typed import check_types
 
 
 @dataclass(frozen=True)
@@ -36,6 +40,9 @@ class HealSettings:
     checkpoint_every: int = 100
 
     def __post_init__(self) -> None:
+        check_types(self)
+        if self.learning_rate <= 0:
+            raise UserError(f"learning_rate={self.learning_rate}; it must be above 0, such as 0.002.")
         for name in ("steps", "rank", "checkpoint_every"):
             if getattr(self, name) < 1:
                 raise UserError(f"{name}={getattr(self, name)}; it must be at least 1.")
@@ -86,10 +93,11 @@ class _Trainer:
         self.plan, self.calibration, self.settings = plan, calibration, settings
         self.model = calibration.model
         self.trainable = {name: p.requires_grad for name, p in self.model.named_parameters()}
+        of = self._what()  # before the adapter is there
         self.peft = _with_lora(self.model, plan, settings)
         self.parameters = [p for p in self.model.parameters() if p.requires_grad]
         self.optimizer = torch.optim.AdamW(self.parameters, lr=settings.learning_rate, weight_decay=0.0)
-        self.checkpoint = Checkpoint(checkpoint, self._what())
+        self.checkpoint = Checkpoint(checkpoint, of)
 
     def train(self, on_progress: Callable[[int, int, float], None] | None, stop_after: int | None) -> None:
         """All steps that are left."""
@@ -124,22 +132,40 @@ class _Trainer:
         with torch.no_grad(), self.peft.disable_adapter(), whole(self.model):
             wanted = batch.predictions(self.model)
         loss = divergence(wanted, batch.predictions(self.model)).mean()
+        if not math.isfinite(float(loss.detach())):
+            self._end_of_numbers(step, batch)
         loss.backward()
         nn.utils.clip_grad_norm_(self.parameters, 1.0)
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         return float(loss.detach())
 
+    def _end_of_numbers(self, step: int, batch: Batch) -> NoReturn:
+        """Raise UserError for a loss that is not finite: the model's fault, or that of the steps before."""
+        with torch.no_grad(), self.peft.disable_adapter(), whole(self.model):
+            if batch.predictions(self.model).isnan().any():
+                raise not_finite(self.model, partial(self.model, input_ids=batch.inputs))
+        raise UserError(
+            f"The loss is not finite at step {step + 1}; lower the learning rate ({self.settings.learning_rate:g}), or "
+            "load the model in float32."
+        )
+
     def _what(self) -> dict[str, Any]:
         """What a checkpoint belongs to."""
-        return {"plan": self.plan.model_dump_json(), "data": self.calibration.facts, "settings": asdict(self.settings)}
+        data = {**self.calibration.facts, "batch_size": self.calibration.batch_size, "seed": self.calibration.seed}
+        return identity(self.model, self.plan, settings=asdict(self.settings)) | {"calibration": data}
 
     def finish(self, output: Path) -> Plan:
-        """Write the adapter and the plan, and forget the checkpoint."""
+        """Write the adapter and the plan, and forget the checkpoint. Raises UserError for an adapter that is none."""
+        if not all(map(is_finite, self.parameters)):
+            raise UserError(
+                f"The adapter is not finite after {self.settings.steps} steps, and is not written; lower the learning "
+                f"rate ({self.settings.learning_rate:g})."
+            )
         output.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=output.parent, prefix=".partial-") as work:
-            self.peft.save_pretrained(Path(work) / "adapter", save_embedding_layers=False)
-            healed = self.plan.with_adapter(Path(work) / "adapter", self._told())
+        with partial_folder(output.parent) as work:
+            self.peft.save_pretrained(work / "adapter", save_embedding_layers=False)
+            healed = self.plan.with_adapter(work / "adapter", self._told())
             healed.save(output)
         self.checkpoint.remove()
         return Plan.load(output)

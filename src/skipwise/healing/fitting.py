@@ -16,9 +16,9 @@ from torch import Tensor, nn
 from skipwise.analysis.states import StateReader
 from skipwise.blocks import bind, find_contract, module_list
 from skipwise.calibration import Batch, Calibration
+from skipwise.cuts import Cut, check_stand_ins, cutting
 from skipwise.errors import UserError, unknown
 from skipwise.plan import Phase, Plan
-from skipwise.skipping import Cut, check_stand_ins, cutting
 from skipwise.stand_ins import Linear, Moments, StandInKind, build, key
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from huggingface_hub.errors import StrictDataclassError
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from torch import nn
 from transformers.utils import logging as transformers_logging
 
@@ -35,9 +35,7 @@ def readable_errors(source: Source) -> Iterator[None]:
         raise
     except Exception as error:
         method = _quantised_source(source)
-        if not method and not isinstance(
-            error, OSError | KeyError | ValueError | TypeError | RuntimeError | ImportError | StrictDataclassError
-        ):
+        if not method and not isinstance(error, TOLD):
             raise
         reason = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
         if isinstance(error, ImportError) and error.name and "pip install" not in reason:
@@ -54,6 +52,35 @@ def quantisation(config: Mapping[str, Any]) -> str | None:
     four = said.get("load_in_4bit") or said.get("_load_in_4bit")
     bits = 4 if four else 8 if said.get("load_in_8bit") or said.get("_load_in_8bit") else said.get("bits")
     return f"{said.get('quant_method', 'of an unknown kind')}{f', {bits} bits' if bits else ''}"
+
+
+# what libraries raise for a config that cannot be
+TOLD = (
+    *(OSError, LookupError, ValueError, TypeError, RuntimeError, ImportError, StrictDataclassError),
+    *(ArithmeticError, AssertionError, AttributeError),
+)
+# settings of which each unit is a module that is built
+_COUNTS = ("num_hidden_layers", "num_layers", "n_layers", "n_layer", "n_blocks", "depth", "num_experts")
+_A_TENSOR = 100  # more units than this for each tensor of the files are no model's, whatever it shares
+
+
+def check_counts(source: Source, config: Mapping[str, Any]) -> None:
+    """Raise UserError for a config with so many more blocks than its files have tensors that it is built for ever."""
+    paths = list(source.folder.glob("*.safetensors"))
+    held = sum(_tensors_in(path) for path in paths)
+    for name, value in config.items():
+        if isinstance(value, Mapping):
+            check_counts(source, value)
+        elif paths and name in _COUNTS and isinstance(value, int | float) and value > _A_TENSOR * held:
+            raise UserError(
+                f"{source.name}: its config.json has {name}={value}, and its files hold {held} tensors; is it the "
+                "config of another model?"
+            )
+
+
+def _tensors_in(path: Path) -> int:
+    with safe_open(path, framework="pt") as file:
+        return len(file.keys())
 
 
 def check_requantised(config: Mapping[str, Any], name: str, given: dict[str, Any]) -> dict[str, Any]:

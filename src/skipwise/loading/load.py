@@ -11,6 +11,7 @@ from torch import nn
 
 from skipwise.errors import UserError, require
 from skipwise.loading.checks import (
+    check_counts,
     check_keys,
     check_names,
     check_requantised,
@@ -136,6 +137,7 @@ def _load_folder(source: Source, dtype: torch.dtype | None, given: dict[str, Any
     if "config" in settings and "quantization_config" in config:  # of a native class
         settings["config"].quantization_config = config["quantization_config"]
     check_weights(source)
+    check_counts(source, config)
     given = {"variant": only_variant(source)} | check_requantised(config, source.name, given)
     if given["variant"] is None:  # the files of a variant have another name
         check_names(source)

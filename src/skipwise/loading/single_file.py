@@ -5,9 +5,7 @@ file that does not fit the config is refused before any weight is read. The conf
 in a pipeline's folder above, otherwise the one that diffusers takes for such a file, from the hub or its cache.
 """
 
-import json
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -17,6 +15,7 @@ from safetensors import safe_open
 from torch import Tensor, nn
 
 from skipwise.errors import UserError, require
+from skipwise.files import read_json
 from skipwise.loading.checks import check_keys
 from skipwise.loading.classes import build_skeleton
 from skipwise.loading.gguf_file import GGUF, path_of
@@ -80,7 +79,7 @@ def single_file_config(source: Source) -> dict[str, Any]:
             f"{source.name} is one file of weights without a config ({reason}); put the transformer's config.json of "
             "its diffusers pipeline beside it, or give the folder of the pipeline."
         ) from error
-    return json.loads(Path(path).read_text(encoding="utf-8"))
+    return read_json(path)
 
 
 def _shapes(source: Source) -> dict[str, Tensor]:

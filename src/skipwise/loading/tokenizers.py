@@ -4,7 +4,6 @@ Dream's is code of its repository, a byte-level BPE with Qwen2's rules over voca
 transformers' own Qwen2 tokenizer. Any other one that is code of its repository is refused.
 """
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -14,6 +13,7 @@ from jinja2 import TemplateError
 from transformers.models.auto.tokenization_auto import tokenizer_class_from_name
 
 from skipwise.errors import UserError
+from skipwise.files import read_json
 from skipwise.loading.checks import quiet, readable_errors
 from skipwise.loading.gguf_file import GGUF
 from skipwise.loading.source import Source, find_tokenizer
@@ -189,7 +189,7 @@ def _json(path: Path) -> dict[str, Any]:
     if not path.exists():
         return {}
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = read_json(path)
     except (OSError, ValueError) as error:
         raise UserError(f"{path} cannot be read: {error}.") from error
     if not isinstance(content, dict):

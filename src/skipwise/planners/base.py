@@ -103,7 +103,10 @@ def make_plan(
     _check_amount(skip, budget, stack, length)
     if with_model and calibration is None:
         raise UserError(f"{method} runs the model; give calibration=Calibration.of(model, tokenizer, texts).")
-    allowance = Allowance(tuple(analysis.tensors[f"{stack}/block_flops"].tolist()), skip, budget)
+    flops = analysis.get(stack, "block_flops")
+    if flops is None:
+        raise UserError(f"{analysis.name} has no block_flops of {stack}; make it anew with `skipwise analyze`.")
+    allowance = Allowance(tuple(flops.tolist()), skip, budget)
     needed = {"calibration": calibration} if with_model else {}
     choice = _planners[method](analysis, stack, allowance, **needed, **settings)
     if skip is not None and len(choice.blocks) < skip:

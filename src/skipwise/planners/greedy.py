@@ -7,6 +7,7 @@ of it, which all tests of a round share: half of the block evaluations that test
 """
 
 import inspect
+import math
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import suppress
 from functools import partial
@@ -19,9 +20,10 @@ from torch import Tensor, nn
 from skipwise.analysis.record import Analysis
 from skipwise.blocks import Contract, bind, find_contract, module_list
 from skipwise.calibration import Batch, Calibration, Harm, by_divergence
+from skipwise.cuts import Cut, cutting
 from skipwise.errors import UserError
+from skipwise.finite import not_finite
 from skipwise.planners.base import Allowance, Choice, planner
-from skipwise.skipping import Cut, cutting
 from skipwise.stand_ins import Stored
 
 
@@ -73,6 +75,9 @@ class Search:
         self.batches = list(calibration.batches(begin, end))
         with torch.no_grad():
             self.targets = [batch.predictions(self.model) for batch in self.batches]
+        for batch, target in zip(self.batches, self.targets, strict=True):
+            if target.isnan().any():
+                raise not_finite(self.model, partial(self.model, input_ids=batch.inputs))
         self.costs: list[float] = []
         self.evaluated = 0  # blocks run, to be held beside the naive count
 
@@ -113,7 +118,8 @@ class Search:
                 harms = self.harm(batch, target, self._resume(batch, gone, block, fronts[block]))
                 sums[block] += float(harms.sum())
             count += len(harms)
-        return {block: total / count for block, total in sums.items()}
+        # without some block a model may overflow: that block is the last to be given up
+        return {block: math.inf if math.isnan(total) else total / count for block, total in sums.items()}
 
     def harm_without(self, gone: Collection[int]) -> float:
         """Mean harm when these blocks are given up."""

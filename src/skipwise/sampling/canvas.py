@@ -9,7 +9,9 @@ from torch import Tensor
 
 from skipwise.errors import UserError, unknown
 from skipwise.sampling.denoiser import Step
+from skipwise.typed import check_types
 
+LONGEST = 2**20  # tokens: no model has learnt so many positions
 LOOKS = 8  # steps between two looks for ended rows where a look makes the host wait
 
 
@@ -42,12 +44,17 @@ class Settings:
         return cls(**given)
 
     def __post_init__(self) -> None:
+        check_types(self)
         if self.compat not in (None, self.family):
             raise UserError(f"compat={self.compat!r} is unknown; use {self.family!r} or leave it out.")
         if self.gen_length < 0:
             raise UserError(f"gen_length={self.gen_length} is negative; 0 fills the masks of the prompt alone.")
+        if self.gen_length > LONGEST:
+            raise UserError(f"gen_length={self.gen_length} is more than a canvas holds; give at most {LONGEST}.")
         if self.steps is not None and self.steps < 1:
             raise UserError(f"steps={self.steps}; at least one denoising step is needed.")
+        if self.steps is not None and self.steps > LONGEST:
+            raise UserError(f"steps={self.steps} are more than a text has tokens; give at most {LONGEST}.")
 
     def one_of(self, name: str, legal: tuple[str, ...]) -> None:
         """Raise UserError when the setting `name` is none of `legal`."""
@@ -200,11 +207,24 @@ def transfer_quotas(masked: Tensor, steps: int) -> Tensor:
     return base[:, None] + (torch.arange(steps, device=masked.device) < extra[:, None])
 
 
-def commit_top(sequences: Tensor, chosen: Tensor, confidence: Tensor, quota: Sequence[int]) -> None:
-    """Write, in place, the `quota` (batch,) most confident of `chosen` into sequences; all (batch, length).
+def most_confident(confidence: Tensor, counts: Tensor) -> Tensor:
+    """bool, as confidence (batch, length): the `counts` (batch,) largest of each row; of equal ones, the first.
 
-    Ties are decided by a top-k of `quota` over the whole row, as in the official code.
+    So a row chooses the same alone and in a batch, however much it is padded there.
     """
+    order = confidence.argsort(dim=1, descending=True, stable=True)
+    chosen = torch.arange(confidence.shape[1], device=confidence.device) < counts[:, None]
+    return torch.zeros_like(chosen).scatter_(1, order, chosen)
+
+
+def commit_top(sequences: Tensor, chosen: Tensor, confidence: Tensor, quota: Sequence[int]) -> None:
+    """Write, in place, the `quota` (batch,) most confident of `chosen` into sequences; all (batch, length)."""
+    best = most_confident(confidence, on_device(quota, confidence.device))
+    sequences.copy_(chosen.where(best, sequences))
+
+
+def commit_top_officially(sequences: Tensor, chosen: Tensor, confidence: Tensor, quota: Sequence[int]) -> None:
+    """`commit_top` with ties decided by a top-k of `quota` over the whole row, as in the official code."""
     if len(set(quota)) == 1:
         positions = confidence.topk(quota[0]).indices
         sequences.scatter_(1, positions, chosen.gather(1, positions))

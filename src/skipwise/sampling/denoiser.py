@@ -6,8 +6,12 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, cast
 
+import torch
 from torch import Tensor, nn
 
+from skipwise.cuts import Cut
+from skipwise.errors import UserError
+from skipwise.finite import Watch, not_finite
 from skipwise.models import fact, head_of, mask_token
 from skipwise.models.bidirectional import Where, kept
 from skipwise.models.heads import prepared
@@ -19,7 +23,7 @@ from skipwise.sampling.cache import Windows
 from skipwise.sampling.compiling import Compiled
 from skipwise.sampling.others import load_others
 from skipwise.sampling.prediction import Prediction
-from skipwise.skipping import Cut, Skipping, cut_now, skip
+from skipwise.skipping import Skipping, cut_now, skip
 
 
 @dataclass(frozen=True)
@@ -84,6 +88,8 @@ class Denoiser:
     forwards: list[Forward] = field(default_factory=list)
     compiled: Compiled | None = None
     _space: tuple[Running, Workspace] | None = None
+    watch: Watch = field(default_factory=Watch)  # of what the models give
+    _last: Any = None  # the model that ran last, and what calls it again
 
     def __post_init__(self) -> None:
         if self.plan is None and self.skipping is not None:
@@ -150,6 +156,7 @@ class Denoiser:
         if self.on_step is not None:
             self.on_step(step)
         model, length = self.named(running.model), inputs.shape[1]
+        again = partial(model, input_ids=inputs, attention_mask=attention_mask, **others)
         if windows is not None:
             before = fact(model, "shift")
             stored = windows.next(inputs.shape, running, before)
@@ -165,12 +172,19 @@ class Denoiser:
             states = model(input_ids=inputs, attention_mask=attention_mask, **asked, **others)
         else:
             states = kept(model(input_ids=inputs, attention_mask=attention_mask, **others).logits, where)
+        self._last = model, again
+        self.watch.add(states)
         words = states.shape[-1] if head is None else cast(Any, model.config).vocab_size
         prediction = Prediction(states, self._head(head, model, space) if head else _as_it_is, words)
         predicted = None if head is None else prediction.states.shape[:-1].numel()
         ran = space.narrowed, space.known_flops
         self.forwards.append(Forward(running, inputs.shape[0], inputs.shape[1], predicted, length, *ran))
         return prediction
+
+    def fault(self) -> UserError:
+        """What to raise when something that was watched is not finite; it names the block."""
+        model, call = self._last
+        return not_finite(model, call)
 
     def _head(self, head: nn.Module, model: nn.Module, space: Workspace) -> Callable[[Tensor], Tensor]:
         if self._is_overheard(model):
@@ -211,8 +225,11 @@ def denoising(
 
     others: models by the names that the plan's phases give them; those not here are loaded by that name. tokenizer: the
     model's, to be compared with theirs. compile: run the models compiled. Raises UserError as `skip` does, and for
-    models that do not share their tokens.
+    models that do not share their tokens; on leaving, for a model whose numbers were not finite.
     """
     found = load_others(plan, model, tokenizer, others)
     with skip(model, plan.own_part) if plan else nullcontext() as skipping:
-        yield Denoiser(model, skipping, plan, found, on_step, compiled=Compiled() if compile else None)
+        denoiser = Denoiser(model, skipping, plan, found, on_step, compiled=Compiled() if compile else None)
+        yield denoiser
+        if not denoiser.watch.fine(torch.device("cpu")):
+            raise denoiser.fault()

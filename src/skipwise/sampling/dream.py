@@ -2,7 +2,8 @@
 
 Source: Ye et al., "Dream 7B" (arXiv 2508.15487) and the official `diffusion_generate`. The default gives every row its
 own even quotas and does not run a step that commits nothing; `compat="dream"` repeats the official schedule, whose
-quota is the batch's mean rounded down, and its random numbers. The shift by one position is the model's business.
+quota is the batch's mean rounded down, and its random numbers. The shift by one position is the model's business; a
+mask right behind left padding is predicted from its own state, where the official code reads the padding's.
 """
 
 from collections.abc import Callable, Sequence
@@ -162,7 +163,7 @@ class _Plain:
     """Our commits: per row, in float32, with noise that does not depend on a row's neighbours."""
 
     def __init__(self, settings: DreamSettings, canvas: Canvas, steps: int, denoiser: Denoiser):
-        self.settings, self.canvas, self.steps = settings, canvas, steps
+        self.settings, self.canvas, self.steps, self.denoiser = settings, canvas, steps, denoiser
         self.penalty = _Penalty(settings, steps, denoiser)
         self.last = held_back(denoiser) if settings.confidence_eos_eot_inf else []
         self.noise = Noise(settings.seed, canvas)
@@ -224,6 +225,7 @@ class _Plain:
     ) -> None:
         """Commit what is predicted at `where`, rows and positions (n,) of the part."""
         found = prediction.read(self._reader(i, part, where, prediction.vocabulary))
+        self.denoiser.watch.add(found[-1])
         if self.settings.alg == "origin":
             part.sequences[where] = found[0]
         else:
@@ -307,7 +309,8 @@ class _Official:
         if count > 0:
             ranked = torch.full_like(sequences, -torch.inf, dtype=logits.dtype)
             ranked[masked] = confidence
-            candidates = sequences.clone()
+            # what is drawn beside the masks, as it may be, becomes a mask again
+            candidates = torch.full_like(sequences, self.canvas.mask)
             candidates[masked] = found
             positions = self._positions(ranked, count)
             sequences.scatter_(1, positions, candidates.gather(1, positions))
@@ -316,12 +319,18 @@ class _Official:
         if self.settings.alg_temp == 0:
             return ranked.topk(count).indices
         weights = (ranked / self.settings.alg_temp).softmax(-1)
+        if bool(weights.isnan().any()):
+            raise UserError(
+                f"alg_temp={self.settings.alg_temp:g} is too small for {ranked.dtype}, in which the official code "
+                "ends in an error; choose a larger one, 0, or a model in float32."
+            )
         return torch.multinomial(weights, count, generator=self.generator)
 
     def _sample(self, logits: Tensor) -> tuple[Tensor, Tensor]:
         """(confidence, token) of logits (positions, vocabulary)."""
         probabilities = filtered(logits, self.settings).softmax(-1)
-        if self.settings.temperature > 0:
+        hot = self.settings.temperature > 0 and not bool(probabilities.isnan().any())  # greedy where nothing is drawn
+        if hot and len(probabilities):
             chosen = torch.multinomial(probabilities, 1, replacement=True, generator=self.generator)[:, 0]
         else:
             chosen = largest(probabilities)

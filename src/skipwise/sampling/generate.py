@@ -10,18 +10,19 @@ import torch
 from torch import Tensor, nn
 
 from skipwise.cost import Prices, price_blocks
+from skipwise.cuts import Cut
 from skipwise.errors import UserError, unknown
 from skipwise.examples import Size
 from skipwise.models import end_of_text, fact, kind_of
 from skipwise.plan import Plan
 from skipwise.sampling import dream, llada, mdlm
 from skipwise.sampling.accounts import Share, account
-from skipwise.sampling.autoregressive import AutoregressiveSettings, decode_autoregressive
+from skipwise.sampling.autoregressive import AutoregressiveSettings, decode_autoregressive, runs_with_cache
 from skipwise.sampling.canvas import Settings
 from skipwise.sampling.denoiser import Denoiser, Step, denoising
 from skipwise.sampling.inputs import Ids, read_prompts
 from skipwise.sampling.threads import worthwhile_threads
-from skipwise.skipping import Cut, cut_now, skip
+from skipwise.skipping import cut_now, skip
 from skipwise.wrapping import unwrap
 
 
@@ -158,6 +159,8 @@ def _continue(
         raise UserError(
             "A plan with several phases needs denoising steps; an autoregressive model takes a static plan."
         )
+    if gen_length < 1:
+        raise UserError(f"gen_length={gen_length}: {type(model).__name__} writes at least 1 token behind the prompt.")
     prices = price_blocks(model, Size(tokens=input_ids.shape[1] + gen_length))
     with skip(model, plan) if plan else nullcontext():
         began = time.perf_counter()
@@ -166,9 +169,10 @@ def _continue(
         )
         _synchronize(sequences.device)
         seconds = time.perf_counter() - began
-        cut = cut_now(model)
-    new = sequences.shape[1] - input_ids.shape[1]
-    return Generated(sequences, _cached_statistics(prices, cut, input_ids.shape[0], input_ids.shape[1], new, seconds))
+        cut, cached = cut_now(model), runs_with_cache(model)
+    batch, prompt = input_ids.shape
+    new = sequences.shape[1] - prompt
+    return Generated(sequences, _statistics(prices, cut, cached, batch, prompt, new, seconds))
 
 
 def family_of(model: nn.Module, name: str | None = None) -> Family:
@@ -224,16 +228,20 @@ def _synchronize(device: torch.device) -> None:
         torch.cuda.synchronize(device)
 
 
-def _cached_statistics(prices: Prices, cut: Cut, batch: int, prompt: int, new: int, seconds: float) -> Statistics:
-    """FLOPs of decoding with a KV cache, from the prices of one forward at the full length.
+def _statistics(
+    prices: Prices, cut: Cut, cached: bool, batch: int, prompt: int, new: int, seconds: float
+) -> Statistics:
+    """FLOPs of decoding with a KV cache or without, from the prices of one forward at the full length.
 
-    The last new token is never run through the model, so prompt + new - 1 positions are, each once; the prompt's attend
-    to the whole prompt at once, each later one to all before it and itself. The head runs on the last prompt position
-    and each later one.
+    The last new token is never run through the model, so prompt + new - 1 positions are, with a cache each once; the
+    prompt's attend to the whole prompt at once, each later one to all before it and itself. Without a cache each
+    forward runs all positions anew. The head runs on the last prompt position and each later one.
     """
-    positions = prompt + new - 1
-    length = prices.size.tokens if prices.size else positions
-    pairs = prompt**2 + sum(range(prompt + 1, positions + 1))
+    last = prompt + new - 1
+    length = prices.size.tokens if prices.size else last
+    lengths = range(prompt, last + 1)
+    positions = last if cached else sum(lengths)
+    pairs = prompt**2 + sum(lengths[1:]) if cached else sum(each**2 for each in lengths)
 
     def blocks(cut: Cut) -> int:
         price = prices.of_blocks(cut.skipped, cut.linear)

@@ -16,7 +16,18 @@ from torch import Tensor
 from skipwise.errors import UserError
 from skipwise.models import end_of_text
 from skipwise.sampling.cache import Kind, Masks, Windows, check_cache, check_cacheable
-from skipwise.sampling.canvas import Canvas, Part, Settings, commit_above, commit_top, on_device, places, quota_of
+from skipwise.sampling.canvas import (
+    Canvas,
+    Part,
+    Settings,
+    commit_above,
+    commit_top,
+    commit_top_officially,
+    most_confident,
+    on_device,
+    places,
+    quota_of,
+)
 from skipwise.sampling.denoiser import Denoiser, Step
 from skipwise.sampling.noise import Noise
 from skipwise.sampling.prediction import Prediction, Reader, largest, probabilities_of
@@ -182,10 +193,13 @@ class _Plain:
         self._begin(window)
         while True:
             masked = self.canvas.masked
+            finite = self.denoiser.watch.fine(masked.device).expand(len(masked))
             counts = torch.stack(
-                [masked[:, window].sum(1), masked.sum(1), self.canvas.ended(self.settings.eos_token_id)]
+                [masked[:, window].sum(1), masked.sum(1), self.canvas.ended(self.settings.eos_token_id), finite]
             )
-            left, self.left, ended = counts.tolist()
+            left, self.left, ended, fine = counts.tolist()
+            if not all(fine):  # what is not finite would never be committed
+                raise self.denoiser.fault()
             if all(ended) or (self.denoiser.timeless and not self.denoiser.fixed_rows):
                 self.rows = [row for row in self.rows if not ended[row]]
             rows = [row for row in self.rows if left[row] or self.denoiser.fixed_rows]
@@ -212,6 +226,7 @@ class _Plain:
             self.windows.keep(part.rows, masks)
         prediction = self._predict(step, part, (where[0], where[1] + window.start))
         found = prediction.read(self._reader(part, window, where, prediction.vocabulary))
+        self.denoiser.watch.add(found[-1])
         chosen = view.index_put(where, found[0])
         confidence = torch.full_like(view, -torch.inf, dtype=torch.float32)
         confidence[where] = found[1] if len(found) > 1 else self._uniform(part, window)[where]
@@ -232,7 +247,7 @@ class _Plain:
         most = min(max([focus, *(quota or [])]), max(left))
         last = part.of(self.confidence)[:, : window.stop].where(masked, -torch.inf)
         last[:, : window.start] = -torch.inf
-        best = torch.zeros_like(masked).scatter_(1, last.topk(most).indices, True)
+        best = most_confident(last, last.new_full((len(last),), most))
         return Masks(masked, left, masked & best, [min(count, most) for count in left])
 
     def _predict(self, step: Step, part: Part, where: tuple[Tensor, Tensor]) -> Prediction:
@@ -258,6 +273,8 @@ class _Plain:
             if self.never is not None:
                 logits[:, self.never] = -torch.inf
             noisy = logits if feed is None else gumbel(logits, feed.take(len(logits)), settings.temperature)
+            if feed is not None:  # 0 / 0 of a token that cannot be, under noise that is out of range
+                noisy = noisy.nan_to_num_(0.0, torch.inf)
             chosen = largest(noisy)
             if settings.remasking == "random":
                 return (chosen,)
@@ -300,7 +317,9 @@ class _Official:
             chosen, confidence = self._choose(logits)
             confidence[:, window.stop :] = -torch.inf
             confidence = confidence.where(self.canvas.masked, -torch.inf)
-            commit_top(self.canvas.sequences, chosen, confidence, [quota_of(count, steps, i) for count in masks])
+            commit_top_officially(
+                self.canvas.sequences, chosen, confidence, [quota_of(count, steps, i) for count in masks]
+            )
 
     def _logits(self, step: Step) -> Tensor:
         canvas, scale = self.canvas, self.settings.cfg_scale

@@ -11,7 +11,8 @@ from types import TracebackType
 from typing import IO, Any, Self
 
 from skipwise.errors import UserError
-from skipwise.files import check_writable, write_atomically
+from skipwise.files import check_writable, parse_json, read_json, write_atomically
+from skipwise.identity import flat
 from skipwise.scheduling.trials import Outcome, Trial, Work
 from skipwise.versions import versions
 
@@ -71,12 +72,12 @@ class Store:
             write_atomically(path, json.dumps(content, indent=1) + "\n")
             return
         try:
-            found = json.loads(path.read_text(encoding="utf-8"))
+            found = read_json(path)
         except (OSError, ValueError) as error:
             raise UserError(f"{path} cannot be read: {error}. Choose another folder.") from error
         if not isinstance(found, dict) or found.get("format") != FORMAT:
             raise UserError(f"{path} is not a {FORMAT} file. Choose another folder.")
-        before, now = _flat(found["identity"]), _flat(self.identity)
+        before, now = flat(found["identity"]), flat(self.identity)
         for what in sorted({*before, *now}):
             if before.get(what) != now.get(what):
                 raise UserError(
@@ -93,7 +94,7 @@ class Store:
             try:
                 if not line.endswith(b"\n"):
                     raise ValueError("cut short")
-                row = json.loads(line)
+                row = parse_json(line)
                 known[row["key"]] = Outcome.from_json(row["outcome"])
             except (ValueError, KeyError, TypeError) as error:
                 if number < len(lines):
@@ -116,14 +117,6 @@ def _locked(folder: Path) -> IO[bytes]:
             f"Another search is running in {folder}; wait for its end, or choose another folder."
         ) from error
     return file
-
-
-def _flat(content: Any, prefix: str = "") -> dict[str, Any]:
-    """`{"tasks": {"sort": {"seed": 0}}}` -> `{"tasks.sort.seed": 0}`."""
-    if not isinstance(content, dict):
-        return {prefix: content}
-    parts = (_flat(value, f"{prefix}.{key}" if prefix else key) for key, value in content.items())
-    return {key: value for part in parts for key, value in part.items()}
 
 
 def _short(value: Any) -> str:

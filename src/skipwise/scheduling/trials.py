@@ -27,6 +27,7 @@ from skipwise.plan import Plan
 from skipwise.sampling.accounts import Share, account
 from skipwise.sampling.denoiser import denoising
 from skipwise.sampling.others import load_other
+from skipwise.versions import versions
 
 COUNTS = ("examples", "samples")  # what tasks call the number of their examples
 
@@ -73,6 +74,7 @@ class Work:
             "dtype": self.dtype,
             "device": self.device,
             "threads": self.threads,
+            "versions": versions(),
             **({"tokenizer": tokenizer_sum(self.tokenizer)} if self.tokenizer else {}),
         }
 
@@ -102,6 +104,7 @@ class Trial:
             "shape": self.plan.model.model_dump(),
             "phases": [phase.model_dump() for phase in self.plan.phases],
             "stand_ins": self.plan.stand_ins and self.plan.stand_ins.sha256,
+            "adapter": self.plan.adapter and self.plan.adapter.sha256,
         }
         content = json.dumps([identity, plan, self.begin, self.end], sort_keys=True)
         return hashlib.sha256(content.encode()).hexdigest()

@@ -3,7 +3,6 @@
 They are gone before the training begins. Their configs come from a preset or from a pipeline's folder.
 """
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib.resources import files
@@ -16,6 +15,7 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from skipwise.errors import require
+from skipwise.files import read_json
 from skipwise.finetuning.memory.resident import materialised
 from skipwise.finetuning.peak import Bytes, PeakMemory
 from skipwise.loading import find, readable_errors
@@ -45,11 +45,11 @@ def components(name: str) -> dict[str, Component]:
     """The text encoders and the autoencoder of a preset, folder or hub id; none where they are not known."""
     if name in preset_names():
         path = files("skipwise.presets").joinpath("pipelines", f"{name}.json")
-        rows = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+        rows = read_json(path) if path.is_file() else {}
         return {part: Component(*row) for part, row in rows.items()}
     folder, listed = find(name, weights=False).folder.parent, pipeline_index(name) or {}
     return {
-        part: Component(row[0], row[1], json.loads((folder / part / "config.json").read_text(encoding="utf-8")))
+        part: Component(row[0], row[1], read_json(folder / part / "config.json"))
         for part, row in listed.items()
         if part.startswith(("text_encoder", "vae")) and _is_known(row, folder / part)
     }
@@ -64,7 +64,7 @@ def pipeline_index(name: str) -> dict[str, Any] | None:
     if source.folder.name != "transformer" or not index.exists():
         return None
     with readable_errors(source):
-        return json.loads(index.read_text(encoding="utf-8"))
+        return read_json(index)
 
 
 def _is_known(row: Any, folder: Path) -> bool:

@@ -6,13 +6,14 @@ import torch
 from torch import nn
 
 from skipwise.blocks import module_list
+from skipwise.cuts import placing
 from skipwise.examples import example_inputs
 from skipwise.finetuning.memory.emulation import norms_as_on_cuda
 from skipwise.finetuning.memory.simulation import Stage, kind_of
 from skipwise.finetuning.peak import Bytes, PeakMemory
 from skipwise.finetuning.runs import Run
 from skipwise.finetuning.settings import FinetuneSettings
-from skipwise.skipping import PassThrough, placing
+from skipwise.kept import PassThrough
 
 
 def making_peak(stage: Stage, settings: FinetuneSettings, runs: Sequence[Run]) -> Bytes:

@@ -18,6 +18,7 @@ from torch.nn import functional as F
 from torch.utils._pytree import tree_leaves
 
 from skipwise.blocks import Contract, find_contract, module_list
+from skipwise.cuts import placing
 from skipwise.examples import Size, example_inputs
 from skipwise.finetuning.dataflow import Shapes, record_shapes
 from skipwise.finetuning.hollow import LateMode, Shell, hollow, stored_runs
@@ -28,9 +29,9 @@ from skipwise.finetuning.peak import Bytes, PeakMemory, Segment
 from skipwise.finetuning.precision import computing, lora_dtype, plain_norms
 from skipwise.finetuning.runs import Run, Train
 from skipwise.finetuning.settings import FinetuneSettings
+from skipwise.kept import PassThrough
 from skipwise.loading import DTYPES
 from skipwise.plan import Plan
-from skipwise.skipping import PassThrough, placing
 
 KEPT = 3  # of equal blocks that follow each other: the first, one that stands for many, the last
 

@@ -1,0 +1,206 @@
+"""Killed at any moment, every writer leaves the older or the newer, whole; and the next one clears up behind it."""
+
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from skipwise.analysis import Comparison
+from skipwise.analysis.record import Analysis
+from skipwise.checkpoints import Checkpoint
+from skipwise.errors import UserError
+from skipwise.files import PARTIAL, write_bytes_atomically
+from skipwise.finetuning.residuals import ResidualStore
+from skipwise.plan import ModelShape, Plan
+from tests.crashes import content, crash_points
+from tests.test_residuals import SETTINGS, records
+
+SHAPE = ModelShape(architecture="Toy", stacks={"blocks": 4}, hidden_size=2)
+
+
+@dataclass
+class Writer:
+    """older, newer: write into a folder. state: what a reader finds there, which must be that of one of the two."""
+
+    older: Callable[[Path], object]
+    newer: Callable[[Path], object]
+    state: Callable[[Path], Any]
+
+
+def adapter(folder: Path, value: float) -> Path:
+    """A folder that looks like an adapter."""
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "adapter_config.json").write_text(f'{{"alpha": {value}}}')
+    (folder / "adapter_model.safetensors").write_bytes(bytes([int(value)]) * 64)
+    return folder
+
+
+def plan(value: float, stand_ins: bool = True, healed: bool = True) -> Callable[[Path], object]:
+    def write(folder: Path) -> object:
+        made = Plan.static(SHAPE, {"blocks": [int(value)]})
+        if stand_ins:
+            made = made.with_stand_ins("constant", {"0/blocks/1": torch.full((2,), value)})
+        if healed:
+            made = made.with_adapter(adapter(folder.parent / f"adapter-{value:g}", value))
+        return made.save(folder / "plan.json")
+
+    return write
+
+
+def plan_state(folder: Path) -> Any:
+    found = Plan.load(folder / "plan.json")
+    healed = found.adapter_folder()
+    tensors = {name: tensor.tolist() for name, tensor in found.stand_in_tensors().items()}
+    return found.phases, tensors, healed and content(healed)
+
+
+def analysis(value: float) -> Callable[[Path], object]:
+    tensors = {"blocks/similarity": torch.full((5, 5), value, dtype=torch.float64)}
+    tensors["blocks/block_flops"] = torch.ones(4, dtype=torch.float64)
+    return lambda folder: Analysis(f"{value}", SHAPE, "encoder", tensors).save(folder)
+
+
+def analysis_state(folder: Path) -> Any:
+    found = Analysis.load(folder)
+    return found.name, float(found.tensors["blocks/similarity"][0, 0])
+
+
+def comparison(value: float) -> Callable[[Path], object]:
+    tensors = {"cka": torch.full((5, 5), value, dtype=torch.float64)}
+    made = Comparison((f"{value}", "b"), (SHAPE, SHAPE), ("encoder", "encoder"), tensors)
+    return made.save
+
+
+def comparison_state(folder: Path) -> Any:
+    found = Comparison.load(folder)
+    return found.names[0], float(found.tensors["cka"][0, 0])
+
+
+def run_state(step: int, save: bool) -> Callable[[Path], Any]:
+    def work(folder: Path) -> Any:
+        weight = nn.Parameter(torch.full((3,), float(step)))
+        optimizer = torch.optim.AdamW([weight])
+        checkpoint = Checkpoint(folder / "state.pt", {"settings": {"rank": 4}})
+        if save:
+            return checkpoint.save(step, [weight], optimizer)
+        return checkpoint.resume([weight], optimizer), weight.tolist()
+
+    return work
+
+
+def store(numbers: range) -> Callable[[Path], object]:
+    return lambda folder: ResidualStore.create(folder, SETTINGS, shard_bytes=10_000).add(records(numbers))
+
+
+WRITERS = {
+    "a plan over a plan": Writer(plan(1), plan(2), plan_state),
+    "a plan over one without companions": Writer(plan(1, False, False), plan(2), plan_state),
+    "a plan without an adapter over one with": Writer(plan(1), plan(2, healed=False), plan_state),
+    "stand-ins over stand-ins": Writer(plan(1, healed=False), plan(2, healed=False), plan_state),
+    "an analysis over an analysis": Writer(analysis(1), analysis(2), analysis_state),
+    "a comparison over a comparison": Writer(comparison(1), comparison(2), comparison_state),
+    "the state of a run": Writer(run_state(1, True), run_state(2, True), run_state(0, False)),
+    "bytes": Writer(
+        lambda folder: write_bytes_atomically(folder / "a.txt", b"older"),
+        lambda folder: write_bytes_atomically(folder / "a.txt", b"newer"),
+        lambda folder: (folder / "a.txt").read_bytes(),
+    ),
+    "records beside records": Writer(
+        store(range(3)), store(range(3, 6)), lambda folder: len(ResidualStore.open(folder, SETTINGS))
+    ),
+}
+
+
+@pytest.mark.parametrize("name", WRITERS)
+def test_older_or_newer(name: str, tmp_path: Path) -> None:
+    writer, folder = WRITERS[name], tmp_path / "there"
+
+    def prepare() -> None:
+        shutil.rmtree(folder, ignore_errors=True)
+        folder.mkdir()
+        writer.older(folder)
+        (folder / "a stranger's").write_text("left alone")
+
+    prepare()
+    older = writer.state(folder)
+    writer.newer(folder)
+    newer = writer.state(folder)
+    assert older != newer
+    found = []
+    for _ in crash_points(prepare, lambda: writer.newer(folder)):
+        found.append(writer.state(folder))
+        assert found[-1] in (older, newer), f"after {len(found)} operations"
+        writer.newer(folder)
+        assert writer.state(folder) == newer
+        left = [path.name for path in folder.iterdir() if path.name.startswith(PARTIAL) or "." * 2 in path.name]
+        assert not left, "what the killed writer left is still there"
+        assert (folder / "a stranger's").read_text() == "left alone"
+    assert older in found
+    assert found[-1] == newer
+    assert len(found) > 4
+
+
+def test_a_store_that_was_killed_at_once_can_be_made(tmp_path: Path) -> None:
+    folder = tmp_path / "store"
+    for _ in crash_points(lambda: shutil.rmtree(folder, ignore_errors=True), lambda: store(range(2))(folder)):
+        store(range(2))(folder)
+        assert len(ResidualStore.open(folder, SETTINGS)) == 2
+
+
+def test_what_another_writer_is_at_is_left_alone(tmp_path: Path) -> None:
+    from skipwise.files import partial_file, partial_folder, remove_partials
+
+    with partial_file(tmp_path) as file, partial_folder(tmp_path) as folder:
+        remove_partials(tmp_path)
+        assert file.exists()
+        assert folder.exists()
+    assert not list(tmp_path.iterdir())
+    (tmp_path / f"{PARTIAL}dead").write_text("half")
+    write_bytes_atomically(tmp_path / "b", b"")
+    assert [path.name for path in tmp_path.iterdir()] == ["b"]
+
+
+@pytest.mark.parametrize("name", ["pipe", "folder", "link to a folder"])
+def test_outputs_that_are_no_files(name: str, tmp_path: Path) -> None:
+    import os
+
+    target = tmp_path / "out"
+    if name == "pipe":
+        os.mkfifo(target)
+    elif name == "folder":
+        target.mkdir()
+    else:
+        (tmp_path / "elsewhere").mkdir()
+        target.symlink_to(tmp_path / "elsewhere")
+    kind = os.stat(target).st_mode
+    with pytest.raises(UserError, match="give the name of a file"):
+        Plan.static(SHAPE, {}).save(target)
+    assert os.stat(target).st_mode == kind
+
+
+def test_a_link_to_a_file_is_followed(tmp_path: Path) -> None:
+    (tmp_path / "real.json").write_text("{}")
+    (tmp_path / "link.json").symlink_to(tmp_path / "real.json")
+    Plan.static(SHAPE, {}).save(tmp_path / "link.json")
+    assert (tmp_path / "link.json").is_symlink()
+    assert Plan.load(tmp_path / "real.json") == Plan.static(SHAPE, {})
+
+
+def test_a_disk_that_is_full_leaves_the_older(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import os
+
+    plan(1)(tmp_path)
+    before = content(tmp_path)
+
+    def full(descriptor: int) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(UserError, match="No space left on device"):
+        plan(2)(tmp_path)
+    assert content(tmp_path) == before
