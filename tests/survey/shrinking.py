@@ -17,8 +17,10 @@ SIZES: list[tuple[str, int | None]] = [
     (r"(swa_)?num_key_value_heads|num_kv_heads|n_head_kv|multi_query_group_num|kv_n_heads", KV_HEADS),
     (r".*num_attention_heads|attention_heads|n_heads?|num_heads|(encoder|decoder)_attention_heads|n_head", HEADS),
     (r"(.*_)?head_dim|d_kv|head_size|attention_head_size|rotary_dim", HEAD),
-    (r"hidden_size(_global)?|d_model|d_latents|n_embd|dim|emb_dim|embed_dim|embedding_size", WIDTH),
-    (r"word_embed_proj_dim|.*_hidden_size", WIDTH),
+    (
+        r"hidden_size(_global)?|d_model|d_latents|n_embd|dim|emb_dim|embed_dim|embedding_size|word_embed_proj_dim|.*_hidden_size",
+        WIDTH,
+    ),
     (r"hidden_dim|text_embed_dim|projection_dim|out_hidden_size|output_dim|n_embed|lru_width", WIDTH),
     (r"(moe|.*expert)_(intermediate|ffn)(_hidden)?_(size|dim)|moe_ffn_dim|share_expert_dim", 16),
     (r".*intermediate_size|.*ffn_dim|d_ff|n_inner|.*ffn_hidden_size|mlp_dim|dim_ff|d_inner", 48),
@@ -45,6 +47,7 @@ QWEN4 = {
     "indexer_compress_ratio": 2,
 }
 # what the names do not say: class of a model -> fields of its config, those of a part as "text_config.field"
+GEMMA4 = [*["sliding_attention", "full_attention"] * 2, "full_attention"]
 CHANGES: dict[str, dict[str, Any]] = {
     # of two kinds of layers at least two of each are left when any one is skipped
     "JambaForCausalLM": {"num_hidden_layers": 6, "attn_layer_period": 2, "attn_layer_offset": 1},
@@ -74,9 +77,15 @@ CHANGES: dict[str, dict[str, Any]] = {
         "mamba_n_heads": 8,
     },
     "Zamba2ForCausalLM": {
-        "layers_block_type": ["mamba", "hybrid"] * 3,
-        "num_hidden_layers": 6,
+        "layers_block_type": [*["mamba", "hybrid"] * 3, "mamba"],  # as the published ones, which end so
+        "num_hidden_layers": 7,
         "attention_hidden_size": 128,
+    },
+    "NeoMMEForMaskedLM": {"layer_types": ["full_attention", "sliding_attention"] * 2},
+    "Gemma4ForCausalLM": {"layer_types": GEMMA4, "num_hidden_layers": len(GEMMA4)},
+    "Gemma4ForConditionalGeneration": {
+        "text_config.layer_types": GEMMA4,
+        "text_config.num_hidden_layers": len(GEMMA4),
     },
     "CohereCompassForCausalLM": {"rope_parameters": {"full_attention": ROPE}},
     "CohereCompassForConditionalGeneration": {"text_config.rope_parameters": {"full_attention": ROPE}},
@@ -162,6 +171,17 @@ def _shrunk(default: Any, changes: dict[str, Any]) -> Any:
             fields[name] = _shrunk(value, part)
         elif type(value) is int and not name.startswith("_"):
             fields[name] = _small(name, value)
+    _fill_in(default, fields)
+    _keep_all_heads(default, fields)
+    _shrink_sections(default, fields)
+    fields |= {key: value for key, value in changes.items() if "." not in key}
+    usual = vars(type(default)())  # of a part, which may have been given others
+    changed = {key: value for key, value in fields.items() if hasattr(value, "to_dict") or value != usual.get(key)}
+    return type(default)(**changed)
+
+
+def _fill_in(default: Any, fields: dict[str, Any]) -> None:
+    """What defaults leave open and published configs say, and a few layers of each kind."""
     missing = (name for name, value in vars(default).items() if value is None and re.fullmatch(PICTURE_TOKEN, name))
     fields |= dict.fromkeys(missing, VOCABULARY - 1)
     kinds = vars(default).get("layers_block_type")
@@ -174,12 +194,6 @@ def _shrunk(default: Any, changes: dict[str, Any]) -> Any:
         fields["qk_head_dim"] = 2 * HEAD  # with positions and without
     if default.is_encoder_decoder and getattr(default, "decoder_start_token_id", None) is None:
         fields["decoder_start_token_id"] = 0
-    _keep_all_heads(default, fields)
-    _shrink_sections(default, fields)
-    fields |= {key: value for key, value in changes.items() if "." not in key}
-    usual = vars(type(default)())  # of a part, which may have been given others
-    changed = {key: value for key, value in fields.items() if hasattr(value, "to_dict") or value != usual.get(key)}
-    return type(default)(**changed)
 
 
 def _small(name: str, value: int) -> int:

@@ -1,5 +1,6 @@
 """The forwards of an analysis, and which statistics see their states."""
 
+import inspect
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -19,6 +20,7 @@ from skipwise.models.hooks import watched
 from skipwise.models.lean import is_lean, run
 from skipwise.sampling.denoiser import Denoiser, Step
 from skipwise.sampling.llada import LLaDASettings, decode
+from skipwise.wrapping import class_of
 
 
 @dataclass
@@ -87,10 +89,12 @@ class Run:
         else:
             model(**self._reads(ids))
 
-    def _reads(self, ids: Tensor) -> dict[str, Tensor]:
+    def _reads(self, ids: Tensor) -> dict[str, Any]:
         """The inputs of one forward; an encoder-decoder reads a text and is given the same text to write."""
         both = getattr(self.model.config, "is_encoder_decoder", False)
-        return {"input_ids": ids} | ({"decoder_input_ids": ids} if both else {})
+        caches = "use_cache" in inspect.signature(class_of(self.model).forward).parameters
+        inputs: dict[str, Any] = {"input_ids": ids} | ({"decoder_input_ids": ids} if both else {})
+        return inputs | ({"use_cache": False} if caches else {})  # nothing comes after this forward
 
     def _masked(self, batch: Batch, ids: Tensor, level: float) -> Tensor:
         return ids.masked_fill((batch.noise(self.seed) < level).to(self.device), mask_token(self.model))

@@ -72,8 +72,7 @@ def check_text_alone(model: nn.Module, done: str, whole: bool = False) -> None:
 def _way_of(model: nn.Module, whole: bool) -> Way:
     if not any(True for _ in _others(model)):
         return TEXT_ALONE
-    config: Any = model.config
-    key = class_of(model), repr(config.to_dict())
+    key = class_of(model), repr(getattr(getattr(model, "config", None), "to_dict", dict)())
     if key not in _known:
         _known[key] = _find_ways(twin(model))
     return _known[key][whole]
