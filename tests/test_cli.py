@@ -87,6 +87,7 @@ def test_inspect_needs_no_weights(skipwise) -> None:  # type: ignore[no-untyped-
     assert "SanaTransformerBlock" in out
 
 
+@pytest.mark.slow
 def test_demo(skipwise, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
     code, out, _ = skipwise("demo", "--model", "tiny-dllm", "-o", tmp_path, "--examples", 4)
     assert code == 0

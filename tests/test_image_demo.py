@@ -27,6 +27,7 @@ def mean_colours(pictures):
     return torch.from_numpy(np.stack([picture.mean((0, 1)) for picture in pictures])).float()
 
 
+@pytest.mark.slow
 def test_every_way_is_drawn_scored_and_priced(untrained, tmp_path):
     training = TrainingSettings(steps=2, draws=2, checkpoint_every=2)
     outcomes, page = run_image_demo(tmp_path, WAYS, (0, 1), training, untrained, mean_colours)

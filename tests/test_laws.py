@@ -292,7 +292,7 @@ def test_a_plan_for_another_model_is_refused() -> None:
 
 def test_a_failing_edit_changes_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     """An exception while blocks are being taken out leaves the model whole."""
-    import skipwise.skipping as skipping
+    from skipwise import cuts
 
     model = ROWS["gemma3"]()
     before = snapshot(model)
@@ -300,7 +300,7 @@ def test_a_failing_edit_changes_nothing(monkeypatch: pytest.MonkeyPatch) -> None
     def broken(*_: Any) -> None:
         raise RuntimeError("no config today")
 
-    monkeypatch.setattr(skipping, "_shorten", broken)
+    monkeypatch.setattr(cuts, "_shorten", broken)
     with pytest.raises(RuntimeError, match="no config"), skip(model, static(model, {"model.layers": [0, 2]})):
         pass
     assert same(snapshot(model), before)

@@ -25,15 +25,24 @@ def test_python(capsys: pytest.CaptureFixture[str]) -> None:
     assert "value=" in out
 
 
-def test_commands(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+LONG = ("schedule front", "plan --front", "schedule search", "bench")  # commands that take minutes together
+
+
+@pytest.mark.parametrize("long", [False, pytest.param(True, marks=pytest.mark.slow)])
+def test_commands(
+    long: bool, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """One after the other, in one folder; the quick tests leave out the long ones."""
     monkeypatch.chdir(tmp_path)
     for line in "".join(blocks("README.md", "bash")).splitlines():
+        if not long and line.removeprefix("skipwise ").startswith(LONG):
+            continue
         monkeypatch.setattr(sys, "argv", shlex.split(line, comments=True))
         with pytest.raises(SystemExit) as ended:
             cli.main()
         assert not ended.value.code, line
     assert (tmp_path / "runs" / "report.html").exists()
-    assert (tmp_path / "runs" / "best.json").exists()
+    assert (tmp_path / "runs" / "best.json").exists() == long
     assert "18.75%" in capsys.readouterr().out
 
 

@@ -21,6 +21,7 @@ from skipwise.sampling import FAMILIES, Generated, Statistics, generate
 from skipwise.sampling.agreement import agreement
 from skipwise.sampling.others import load_others
 from skipwise.twins import meta_twin
+from skipwise.typed import check_types
 
 BLOCK = 32  # tokens decoded together, as the official evaluations have it
 
@@ -46,6 +47,7 @@ class BenchSettings:
     seed: int = 0
 
     def __post_init__(self) -> None:
+        check_types(self)
         for name in ("batch", "rounds"):
             if getattr(self, name) < 1:
                 raise UserError(f"{name}={getattr(self, name)}; at least 1 is needed.")

@@ -22,6 +22,7 @@ from skipwise.errors import UserError
 from skipwise.evaluation.masking import Noised, chain_masks, dream_masks, every_mask, llada_masks, stratified_masks
 from skipwise.models import end_of_text, fact, kind_of, mask_token
 from skipwise.sampling.llada import guided
+from skipwise.typed import check_types
 
 Request = tuple[Sequence[int], Sequence[int]]  # tokens of the prefix, tokens of the continuation
 Likelihood = tuple[float, bool]  # in nats; whether greedy decoding gives the continuation
@@ -50,6 +51,7 @@ class LikelihoodSettings:
 
     def check(self) -> None:
         """Raise UserError for a setting that cannot be."""
+        check_types(self)
         for name in ("mc_num", "batch_size"):
             if getattr(self, name) < 1:
                 raise UserError(f"{name}={getattr(self, name)} is too small; it must be 1 or more.")

@@ -20,6 +20,7 @@ from skipwise.sampling.others import load_other
 from skipwise.scheduling.scheduler import Scheduler, harm_for
 from skipwise.scheduling.visited import visit
 from skipwise.stand_ins import StandInKind
+from skipwise.typed import check_types
 
 FIT = 4  # moments that stand-ins are fitted on for each that blocks are chosen on
 PLANS = "plans"  # folder of a front's plans, beside its Result
@@ -45,6 +46,7 @@ class FrontSettings:
     seed: int = 0
 
     def __post_init__(self) -> None:
+        check_types(self)
         for budget in self.budgets:
             if not 0 < budget < 1:
                 raise UserError(f"A budget of {budget} is no fraction to save; choose above 0 to below 1, such as 0.3.")
