@@ -90,6 +90,17 @@ def test_phases_are_followed_and_counted(name: str) -> None:
         again = run(pipeline, call, callback_on_step_end=follower)  # begins anew
         assert seen == expected * 2
         taken = follower.account()
+
+        def stop(pipeline: Any, step: int, timestep: Any, tensors: dict[str, Any]) -> dict[str, Any]:
+            follower(pipeline, step, timestep, tensors)
+            raise KeyboardInterrupt
+
+        with pytest.raises(KeyboardInterrupt):
+            run(pipeline, call, callback_on_step_end=stop)
+        del seen[:]
+        run(pipeline, call, callback_on_step_end=follower)  # after a run that was broken off, too
+        assert seen == expected
+    assert "set_timesteps" not in vars(pipeline.scheduler)
     assert torch.equal(first, again)
     assert not torch.equal(first, alone)
     assert {who: share.forwards for who, share in taken.items()} == {"light": 2, None: 6}

@@ -167,3 +167,22 @@ def test_cache_dit_for_real() -> None:
     assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
     assert all(torch.equal(a, b) for a, b in zip(steps(model), plain, strict=True))
     end_cache_dit(model)  # nothing is on: nothing happens
+
+
+def test_a_cache_that_does_not_go_with_a_plan_stays_on() -> None:
+    """Where it cannot hang on what the plan leaves, the plan is refused, and the model keeps its cache."""
+    model: Any = IMAGE["flux"]()
+    before = steps(model)
+    model.enable_cache(CACHES["FirstBlockCache"]())
+    shape = blocks.find_contract(model).shape
+    everything = Plan.static(shape, {name: range(length) for name, length in shape.stacks.items()})
+    with context(model):
+        cached = steps(model)
+    with pytest.raises(UserError, match="cannot be switched on"), sw.skip(model, everything):
+        pass
+    assert model.is_cache_enabled
+    model._reset_stateful_cache()
+    with context(model):
+        assert all(map(torch.equal, steps(model), cached))
+    model.disable_cache()
+    assert all(map(torch.equal, steps(model), before))

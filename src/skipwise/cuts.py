@@ -20,7 +20,7 @@ from skipwise.holding import claimed
 from skipwise.kept import Accompanied, PassThrough, Undo, every_block, keep
 from skipwise.per_layer import changed_settings, check_shared_keys, computed_lists, with_lists
 from skipwise.stand_ins import Linear
-from skipwise.step_caches import cache_off, check_caches, check_places, end_cache_dit
+from skipwise.step_caches import cache_back, cache_off, check_caches, check_places, end_cache_dit
 
 Skipped = dict[str, frozenset[int]]  # stack name -> block numbers
 
@@ -84,7 +84,7 @@ def apply(model: nn.Module, contract: Contract, cut: Cut) -> Undo:
     undo: list[Undo] = []
     lists: dict[str, nn.ModuleList] = {}
     check_caches(model, static=True)
-    try:
+    with cache_back(model), _undone(undo):
         with cache_off(model):
             for name, numbers in cut.skipped.items():
                 if numbers:
@@ -96,10 +96,17 @@ def apply(model: nn.Module, contract: Contract, cut: Cut) -> Undo:
             undo.append(watch_calls(model, lists, in_place))
             if in_place:
                 check_places(model)
+    return lambda: _leave(model, undo)
+
+
+@contextmanager
+def _undone(undo: list[Undo]) -> Iterator[None]:
+    """Put everything back when the `with` fails."""
+    try:
+        yield
     except BaseException:
         _put_back(undo)
         raise
-    return lambda: _leave(model, undo)
 
 
 def _unsaveable(model: nn.Module) -> Undo:

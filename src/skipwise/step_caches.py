@@ -41,6 +41,20 @@ def cache_off(model: Any) -> Iterator[None]:
             importlib.import_module("diffusers.hooks.hooks")._set_cache_context(model, context)
 
 
+@contextmanager
+def cache_back(model: Any) -> Iterator[None]:
+    """The cache of diffusers that is on now is on again when the `with` fails, which must have put the blocks back."""
+    config, context = getattr(model, "_cache_config", None), _context(model) if is_cached(model) else None
+    try:
+        yield
+    except BaseException:
+        if config is not None and not is_cached(model):
+            model.enable_cache(config)
+            if context is not None:
+                importlib.import_module("diffusers.hooks.hooks")._set_cache_context(model, context)
+        raise
+
+
 def _enable(model: Any, config: Any) -> None:
     try:
         model.enable_cache(config)
@@ -71,9 +85,10 @@ def check_caches(model: nn.Module, static: bool) -> None:
     static: whether the same blocks are out at every step; a cache's store means nothing for other blocks.
     """
     if getattr(model, CACHE_DIT, False):
+        then = "enter the plan, then call cache_dit.enable_cache" if static else "or use a plan without phases"
         raise UserError(
-            "cache-dit is on, which goes on running the blocks that it was given; call cache_dit.disable_cache first, "
-            "enter the plan, then cache_dit.enable_cache."
+            f"cache-dit is on, and runs the blocks that were there when it was switched on; call "
+            f"cache_dit.disable_cache, {then}."
         )
     if is_cached(model) and not static:
         raise UserError(

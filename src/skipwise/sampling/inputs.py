@@ -55,6 +55,9 @@ def _padded(model: nn.Module, rows: Sequence[Sequence[int]]) -> tuple[list[list[
     pad = end_of_text(model) if pad is None else pad
     if pad is None:
         raise UserError("Prompts are of unequal length and the model's config has no pad_token_id; pad them yourself.")
+    if not all(map(len, rows)):
+        empty = next(number for number, row in enumerate(rows) if not len(row))
+        raise UserError(f"Prompt {empty} has no tokens; give each prompt one token or more.")
     width = max(map(len, rows))
     ids = [[pad] * (width - len(row)) + list(row) for row in rows]
     return ids, [[0] * (width - len(row)) + [1] * len(row) for row in rows]

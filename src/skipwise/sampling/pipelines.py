@@ -10,7 +10,7 @@ import inspect
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
-from functools import partial
+from functools import partial, wraps
 from typing import Any
 
 from torch import Tensor, nn
@@ -167,12 +167,35 @@ def follow(
             hook = module.register_forward_pre_hook(lambda *call: follower.note(*call), with_kwargs=True)
             stack.callback(hook.remove)
         follower.at(0.0)
+        if not follower.timeless:
+            stack.enter_context(_told_of_starts(pipeline, follower))
         yield follower
         if follower.calls and not follower.told and not follower.timeless:
             raise UserError(
                 f"The plan changes along the trajectory, but {type(pipeline).__name__} never called its follower; "
                 f"call the pipeline with {CALLBACK}=follower."
             )
+
+
+@contextmanager
+def _told_of_starts(pipeline: Any, follower: Follower) -> Iterator[None]:
+    """A run of the pipeline begins where its scheduler is given its timesteps, also after a run that was broken off."""
+    scheduler: Any = getattr(pipeline, "scheduler", None)
+    if not hasattr(scheduler, "set_timesteps"):
+        yield
+        return
+    begin = scheduler.set_timesteps
+
+    @wraps(begin)  # pipelines ask for its arguments
+    def set_timesteps(*args: Any, **kwargs: Any) -> Any:
+        follower.at(0.0)
+        return begin(*args, **kwargs)
+
+    scheduler.set_timesteps = set_timesteps
+    try:
+        yield
+    finally:
+        del scheduler.set_timesteps
 
 
 def _plans(pipeline: Any, models: Mapping[str, nn.Module], plan: Plan | Mapping[str, Plan]) -> dict[str, Plan]:
