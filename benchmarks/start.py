@@ -1,9 +1,10 @@
 """Does loading a model, or entering a plan, take longer than it did? This tree against another commit, in turns.
 
 What is measured, in CPU seconds of one thread, in a process of its own: importing `skipwise.loading`, the first and a
-later `load("tiny-dllm")`, the first entry into a plan (the model is looked over) and a later one; and in this tree a
-plan by number on LLaDA-8B's shape, of which no weight is held. The figure is the median of the pairs' ratios, this tree
-over the other, with its 95% bootstrap interval.
+later `load("tiny-dllm")`, the first entry into a plan (the model is looked over) and 50 later ones; decoding of 4 rows
+by quota, by a threshold and as Dream does; an analysis of tiny-dllm made, written and read; and a plan by number on
+LLaDA-8B's shape, of which no weight is held. The figure is the median of the pairs' ratios, this tree over the other,
+with its 95% bootstrap interval.
 
     python benchmarks/start.py --against HEAD~20 --pairs 9
 The last line of stdout is JSON.
@@ -41,9 +42,25 @@ lap("first entry")
 for _ in range(50):
     with sw.skip(model, plan): pass
 lap("50 entries")
+ids = torch.tensor([[5, 6, 7, 8]] * 4)
+def decode():
+    for settings in ({}, {"threshold": .9}, {"family": "dream", "alg": "entropy"}):
+        sw.generate(model, ids, gen_length=32, **settings)
+with sw.skip(model, plan): decode()
+lap("first decoding")
+for _ in range(4): decode()
+lap("decoding")
 if hasattr(Plan, "of"):
     skeleton = sw.load_skeleton("llada-8b"); lap("8B skeleton")
     Plan.of(sw.find_contract(skeleton).shape, [3, 8, 9, 10, 11]); lap("8B plan by number")
+import tempfile
+from skipwise.analysis import Analysis, analyze
+from skipwise.evaluation import calibration_texts
+tokenizer = load("tiny-dllm")[1]
+made = analyze(model, tokenizer, calibration_texts(tokenizer, 16)); lap("analysis")
+folder = made.save(tempfile.mkdtemp()); lap("analysis written")
+for _ in range(200): Analysis.load(folder)
+lap("200 analyses read")
 print(json.dumps(found))
 """
 

@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import nn
 
+import skipwise as sw
 from skipwise.analysis import Comparison
 from skipwise.analysis.record import Analysis
 from skipwise.checkpoints import Checkpoint
@@ -19,6 +20,7 @@ from skipwise.finetuning.residuals import ResidualStore
 from skipwise.plan import ModelShape, Plan
 from tests.crashes import content, crash_points
 from tests.test_residuals import SETTINGS, records
+from tests.tiny_models import ROWS
 
 SHAPE = ModelShape(architecture="Toy", stacks={"blocks": 4}, hidden_size=2)
 
@@ -104,6 +106,12 @@ WRITERS = {
     "stand-ins over stand-ins": Writer(plan(1, healed=False), plan(2, healed=False), plan_state),
     "an analysis over an analysis": Writer(analysis(1), analysis(2), analysis_state),
     "a comparison over a comparison": Writer(comparison(1), comparison(2), comparison_state),
+    "a healed plan over one with stand-ins": Writer(plan(1, healed=False), plan(2, stand_ins=False), plan_state),
+    "an analysis beside a comparison": Writer(
+        lambda folder: (comparison(1)(folder), analysis(1)(folder)),
+        analysis(2),
+        lambda folder: (analysis_state(folder), comparison_state(folder)),
+    ),
     "the state of a run": Writer(run_state(1, True), run_state(2, True), run_state(0, False)),
     "bytes": Writer(
         lambda folder: write_bytes_atomically(folder / "a.txt", b"older"),
@@ -143,6 +151,26 @@ def test_older_or_newer(name: str, tmp_path: Path) -> None:
     assert older in found
     assert found[-1] == newer
     assert len(found) > 4
+    print(f"{len(found)} points of {name}")
+
+
+@pytest.mark.slow
+def test_an_export_is_whole_or_absent(tmp_path: Path) -> None:
+    """Killed at any moment there is no folder, or the one that an export that was let be writes."""
+    model = ROWS["llama"]()
+    model.save_pretrained(tmp_path / "source", max_shard_size="20KB")
+    plan = Plan.static(sw.find_contract(model).shape, {"model.layers": [1]})
+    target = tmp_path / "target"
+    sw.export(plan, tmp_path / "source", target)
+    wanted, points = content(target), 0
+    for points in crash_points(
+        lambda: shutil.rmtree(target, ignore_errors=True), lambda: sw.export(plan, tmp_path / "source", target)
+    ):
+        assert not target.exists() or content(target) == wanted, points
+        shutil.rmtree(target, ignore_errors=True)
+        write_bytes_atomically(tmp_path / "another writer", b"")
+        assert sorted(path.name for path in tmp_path.iterdir()) == ["another writer", "source"]
+    assert points > 20
 
 
 def test_a_store_that_was_killed_at_once_can_be_made(tmp_path: Path) -> None:

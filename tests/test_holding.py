@@ -2,7 +2,6 @@
 
 import asyncio
 import copy
-import os
 import random
 import threading
 import time
@@ -22,7 +21,6 @@ from skipwise.plan import Phase, Plan
 from skipwise.skipping import cut_now, whole
 from tests.tiny_models import ROWS
 
-MANY = int(os.environ.get("SKIPWISE_INTERLEAVINGS", "25"))
 IDS = torch.tensor([[5, 6, 7, 8]])
 
 
@@ -153,21 +151,26 @@ ACTIONS = (
 )
 
 
-@settings(max_examples=MANY, derandomize=True, deadline=None, suppress_health_check=list(HealthCheck))
-@given(st.lists(st.tuples(st.sampled_from(ACTIONS), st.integers(0, 5)), min_size=1, max_size=12))
-def test_whatever_is_done_in_whatever_order_the_model_is_restored(actions: list[tuple[str, int]]) -> None:
+@pytest.mark.parametrize("many", [25, pytest.param(200, marks=pytest.mark.slow)])
+def test_whatever_is_done_in_whatever_order_the_model_is_restored(many: int) -> None:
     model, plans = MODELS["llama"]
     model.train(False)
     before, reference = state(model), out(model)
-    with ExitStack() as stack:
-        entered: list = []
-        for what, number in actions:
-            DO[what](model, plans[number % len(plans)], entered, stack)
-        model.train(False)
-        while entered:
-            entered.pop().__exit__(None, None, None)
-    assert same(state(model), before)
-    assert torch.equal(out(model), reference)
+
+    @settings(max_examples=many, derandomize=True, deadline=None, suppress_health_check=list(HealthCheck))
+    @given(st.lists(st.tuples(st.sampled_from(ACTIONS), st.integers(0, 5)), min_size=1, max_size=12))
+    def run(actions: list[tuple[str, int]]) -> None:
+        with ExitStack() as stack:
+            entered: list = []
+            for what, number in actions:
+                DO[what](model, plans[number % len(plans)], entered, stack)
+            model.train(False)
+            while entered:
+                entered.pop().__exit__(None, None, None)
+        assert same(state(model), before)
+        assert torch.equal(out(model), reference)
+
+    run()
 
 
 def _models() -> dict[str, tuple[nn.Module, list[Plan]]]:
@@ -236,7 +239,7 @@ DO: dict[str, Callable[..., None]] = {
 def test_two_threads_for_a_minute(tmp_path: Path) -> None:
     """Every output is that of the plan it was asked under, or is refused; the model is whole at the end."""
     model = ROWS["llama"]()
-    before, seconds = state(model), float(os.environ.get("SKIPWISE_THREADS_SECONDS", "60"))
+    before, seconds = state(model), 60.0
     plans = [static(model, [number]) for number in range(len(model.model.layers))]
     wanted = []
     for plan in plans:

@@ -1,7 +1,6 @@
 """Damaged files and odd settings: taken, or refused in one line; never a traceback, never for ever."""
 
 import json
-import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -23,7 +22,7 @@ from tests.test_crashes import SHAPE, adapter, analysis, comparison, plan, store
 from tests.test_residuals import SETTINGS
 from tests.tiny_models import ROWS
 
-MANY = int(os.environ.get("SKIPWISE_MUTATIONS", "25"))  # of each kind of file
+MANY = [25, pytest.param(160, marks=pytest.mark.slow)]  # of each kind of file; four times as many settings
 DEEP: Any = json.loads("[" * 40 + "]" * 40)
 ODD = st.sampled_from(
     [None, True, [], {}, "", "x", 0, -1, 1e400, float("nan"), 2**70, 1.5, [[]], {"a": 1}, DEEP, "\ud800", "a/../b"]
@@ -94,14 +93,15 @@ def with_adapter(folder: Path) -> None:
         pass
 
 
+@pytest.mark.parametrize("many", MANY)
 @pytest.mark.parametrize("kind", FILES)
-def test_a_damaged_file_is_read_or_refused_in_one_line(kind: str, tmp_path: Path) -> None:
+def test_a_damaged_file_is_read_or_refused_in_one_line(kind: str, many: int, tmp_path: Path) -> None:
     make, name, use = FILES[kind]
     whole = tmp_path / "whole"
     whole.mkdir()
     make(whole)
 
-    @settings(max_examples=MANY, derandomize=True, deadline=None, suppress_health_check=list(HealthCheck))
+    @settings(max_examples=many, derandomize=True, deadline=None, suppress_health_check=list(HealthCheck))
     @given(st.data())
     def run(draw: st.DataObject) -> None:
         folder = tmp_path / "damaged"
@@ -144,12 +144,13 @@ NAMES = {
 }
 
 
+@pytest.mark.parametrize("many", MANY)
 @pytest.mark.parametrize("family", NAMES)
-def test_odd_settings_are_taken_or_refused_in_one_line(family: str) -> None:
+def test_odd_settings_are_taken_or_refused_in_one_line(family: str, many: int) -> None:
     model = ROWS["llada"]()
     ids = torch.tensor([[5, 6, 7]])
 
-    @settings(max_examples=4 * MANY, derandomize=True, deadline=None, suppress_health_check=list(HealthCheck))
+    @settings(max_examples=4 * many, derandomize=True, deadline=None, suppress_health_check=list(HealthCheck))
     @given(st.dictionaries(st.sampled_from([*NAMES[family], "gen_length", "seed", "compat"]), VALUES, max_size=3))
     def run(given: dict[str, Any]) -> None:
         check(lambda: sw.generate(model, ids, family=family, **{"gen_length": 4, "steps": 4, **given}))

@@ -9,6 +9,8 @@ from skipwise.blocks import find_contract, module_list
 from skipwise.errors import UserError
 from skipwise.kept import every_block
 
+MANY = 256  # numbers that are held back before the largest of them is taken
+
 
 def is_finite(tensor: Tensor) -> bool:
     """Whether every number is."""
@@ -22,17 +24,22 @@ class Watch:
     """Whether all numbers that a model makes are finite, for which no device is waited for before it is asked."""
 
     def __init__(self) -> None:
-        self._most: Tensor | None = None  # NaN or infinite as soon as any number is
+        self._most: list[Tensor] = []  # NaN or infinite where any number is
 
     def add(self, numbers: Tensor) -> None:
         """Take note of some more. Logits of -inf are fine."""
         if numbers.numel():
-            most = numbers.detach().amax().float()
-            self._most = most if self._most is None else torch.maximum(self._most, most)
+            self._most.append(numbers.detach().amax())
+            if len(self._most) == MANY:
+                self._most = [self._worst()]
 
     def fine(self, device: torch.device) -> Tensor:
         """(): bool, whether all were finite."""
-        return torch.tensor(True, device=device) if self._most is None else (self._most < torch.inf).to(device)
+        return (self._worst() < torch.inf).to(device) if self._most else torch.tensor(True, device=device)
+
+    def _worst(self) -> Tensor:
+        device = self._most[0].device
+        return torch.stack([most.to(device).float() for most in self._most]).amax()
 
 
 def not_finite(model: nn.Module, call: Callable[[], object]) -> UserError:

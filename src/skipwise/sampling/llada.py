@@ -226,7 +226,8 @@ class _Plain:
             self.windows.keep(part.rows, masks)
         prediction = self._predict(step, part, (where[0], where[1] + window.start))
         found = prediction.read(self._reader(part, window, where, prediction.vocabulary))
-        self.denoiser.watch.add(found[-1])
+        if prediction.states.dtype is torch.float16:  # in which a head overflows, too
+            self.denoiser.watch.add(found[-1])
         chosen = view.index_put(where, found[0])
         confidence = torch.full_like(view, -torch.inf, dtype=torch.float32)
         confidence[where] = found[1] if len(found) > 1 else self._uniform(part, window)[where]
