@@ -30,6 +30,7 @@ from skipwise.finetuning.shards import Resident, Shards
 from skipwise.finetuning.subject import Subject
 from skipwise.finetuning.train import Records, Samples, Trainer, TrainingSettings
 from skipwise.plan import Plan
+from skipwise.versions import versions
 
 
 def finetune(
@@ -254,6 +255,7 @@ class Work:
             "training": json.dumps(training, sort_keys=True),
             "pictures": sorted(map(list, examples)),
             "processes": self.accelerator.num_processes,
+            "versions": versions(),
         }
 
     def _finish(self, model: nn.Module) -> Path:
