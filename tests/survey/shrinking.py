@@ -68,7 +68,7 @@ CHANGES: dict[str, dict[str, Any]] = {
     "ReformerModelWithLMHead": {"is_decoder": True, "axial_pos_embds_dim": [16, 48], "axial_pos_shape": [8, 8]},
     "ReformerForMaskedLM": {"is_decoder": False, "axial_pos_embds_dim": [16, 48], "axial_pos_shape": [8, 8]},
     "ReformerModel": {"axial_pos_embds_dim": [16, 48], "axial_pos_shape": [8, 8]},
-    "DbrxForCausalLM": {"attn_config.rope_theta": 1e4},
+    "DbrxForCausalLM": {"attn_config.rope_theta": 1e4, "attn_config.clip_qkv": 8},
     "DeepseekV2ForCausalLM": {"num_experts_per_tok": 2},
     "NemotronForCausalLM": {"num_key_value_heads": 2},
     "GraniteMoeHybridForCausalLM": {
