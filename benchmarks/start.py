@@ -22,11 +22,12 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 SNIPPET = """
-import json, time
+import gc, json, time
 found, begun = {}, time.process_time()
 def lap(name):
     global begun
     found[name] = time.process_time() - begun
+    gc.collect()
     begun = time.process_time()
 import torch, transformers
 begun = time.process_time()

@@ -232,3 +232,42 @@ def test_a_disk_that_is_full_leaves_the_older(tmp_path: Path, monkeypatch: pytes
     with pytest.raises(UserError, match="No space left on device"):
         plan(2)(tmp_path)
     assert content(tmp_path) == before
+
+
+def test_companions_lie_beside_the_file_that_a_link_leads_to(tmp_path: Path) -> None:
+    (tmp_path / "real").mkdir()
+    plan(1)(tmp_path / "real")
+    link = tmp_path / "best.json"
+    link.symlink_to(tmp_path / "real" / "plan.json")
+    assert Plan.load(link).stand_in_tensors()
+    made = Plan.static(SHAPE, {"blocks": [3]}).with_stand_ins("constant", {"0/blocks/3": torch.ones(2)})
+    made.save(link)
+    assert link.is_symlink()
+    for path in (link, tmp_path / "real" / "plan.json"):
+        assert Plan.load(path).stand_in_tensors().keys() == {"0/blocks/3"}
+
+
+def test_names_with_a_dot_have_companions_of_their_own(tmp_path: Path) -> None:
+    for value, name in ((1.0, "greedy-0.25"), (2.0, "greedy-0.50"), (3.0, "greedy-0.50.json")):
+        made = Plan.static(SHAPE, {"blocks": [1]})
+        made.with_stand_ins("constant", {"0/blocks/1": torch.full((2,), value)}).save(tmp_path / name)
+    assert float(Plan.load(tmp_path / "greedy-0.25").stand_in_tensors()["0/blocks/1"][0]) == 1
+
+
+def test_two_writers_of_one_plan_leave_one_of_theirs(tmp_path: Path) -> None:
+    """Each in a process of its own, again and again."""
+    import os
+
+    for _ in range(8):
+        children = []
+        for value in (1.0, 2.0):
+            child = os.fork()
+            if not child:
+                try:
+                    plan(value)(tmp_path / "there")
+                    os._exit(0)
+                except BaseException:
+                    os._exit(1)
+            children.append(child)
+        assert all(os.waitpid(child, 0)[1] == 0 for child in children)
+        assert plan_state(tmp_path / "there")[1]["0/blocks/1"][0] in (1.0, 2.0)

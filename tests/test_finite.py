@@ -126,3 +126,25 @@ def test_is_finite() -> None:
     watch.add(torch.tensor([float("nan"), 0.0]))
     watch.add(torch.tensor([0.0]))
     assert not watch.fine(torch.device("cpu"))
+
+
+@pytest.mark.parametrize("name", [name for name in SETTINGS if "own" not in name and name != "compat"])
+def test_a_head_that_is_not_finite_ends_it_too(name: str) -> None:
+    """No state shows it; the blocks are not to blame."""
+    model, tokenizer = sw.load("tiny-dllm")
+    with torch.no_grad():
+        model.lm_head.weight[5, 0] = float("nan")
+    ids = tokenizer(["a1+1="], return_tensors="pt")["input_ids"]
+    with pytest.raises(UserError, match="what is made of them is not"):
+        sw.generate(model, ids, gen_length=4, **SETTINGS[name])
+
+
+def test_a_bin_without_texts_is_no_fault(tmp_path: Path) -> None:
+    model, tokenizer = sw.load("tiny-dllm")
+    analysis = sw.analyze(model, tokenizer, TEXTS, max_steps=1, noise_levels=2)
+    analysis.tensors["model.layers/noise_similarity"][1] = float("nan")
+    again = sw.Analysis.load(analysis.save(tmp_path))
+    assert again.tensors["model.layers/noise_similarity"][1].isnan().all()
+    analysis.tensors["model.layers/noise_similarity"][1] = float("inf")
+    with pytest.raises(UserError, match="not finite"):
+        sw.Analysis.load(analysis.save(tmp_path))

@@ -275,3 +275,21 @@ def test_two_threads_for_a_minute(tmp_path: Path) -> None:
     assert right[0] > 10
     assert refused[0] > 0
     assert same(state(model), before)
+
+
+def test_what_a_holder_starts_is_inside_of_its_claim() -> None:
+    """An event loop, a task that is waited for, and asyncio's own threads; they take the claim along."""
+    model = ROWS["llama"]()
+    before, plan = state(model), static(model, [1])
+
+    async def nested() -> None:
+        with sw.skip(model, static(model, [0])):
+            assert cut_now(model).skipped["model.layers"] == {0, 1}
+
+    async def started() -> None:
+        await asyncio.wait_for(nested(), 60)
+        await asyncio.to_thread(lambda: out(model))
+
+    with sw.skip(model, plan):
+        asyncio.run(started())
+    assert same(state(model), before)

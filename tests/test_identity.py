@@ -78,3 +78,42 @@ def test_a_difference_is_named() -> None:
     now = {"model": "b", "settings": {"steps": 5, "rank": 8}, "plan": "c"}
     with pytest.raises(UserError, match=r"^It differs in model, plan, settings\.steps; begin anew\.$"):
         check_same(before, now, "It", "begin anew")
+
+
+def test_what_a_call_leaves_in_a_tokenizer_is_no_part_of_it() -> None:
+    _, tokenizer = sw.load("tiny-dllm")
+    before = tokenizer_identity(tokenizer)
+    tokenizer(["a1", "a1+1="], padding=True, truncation=True, max_length=4)
+    assert tokenizer_identity(tokenizer) == before
+
+
+def test_adapters_count_by_what_they_are_told() -> None:
+    """The scale of a LoRA, and whether it is on, are no tensors."""
+    import peft
+
+    told = []
+    for alpha in (1, 400):
+        torch.manual_seed(0)
+        wrapped = peft.get_peft_model(ROWS["llama"](), peft.LoraConfig(lora_alpha=alpha, target_modules=["q_proj"]))
+        told.append(weights_identity(wrapped))
+        with wrapped.disable_adapter():
+            told.append(weights_identity(wrapped))
+    assert len(set(told)) >= 3
+
+
+def test_scales_of_quantised_weights_count() -> None:
+    bitsandbytes = pytest.importorskip("bitsandbytes")
+    told = []
+    for scale in (1, 4):
+        torch.manual_seed(0)
+        layer = bitsandbytes.nn.Linear4bit(64, 64, quant_type="nf4")
+        layer.weight = bitsandbytes.nn.Params4bit(scale * torch.randn(64, 64), requires_grad=False, quant_type="nf4")
+        told.append(weights_identity(layer.to("cpu")))
+    assert told[0] != told[1]
+
+
+@pytest.mark.parametrize("config", [None, {1: "a", (2, 3): {"b"}}, {"dtype": torch.float16, "bytes": b"x"}])
+def test_odd_configs_are_told(config: Any) -> None:
+    layer = torch.nn.Linear(2, 2)
+    layer.config = config
+    assert weights_identity(layer) == weights_identity(copy.deepcopy(layer))

@@ -156,3 +156,10 @@ def test_odd_settings_are_taken_or_refused_in_one_line(family: str, many: int) -
         check(lambda: sw.generate(model, ids, family=family, **{"gen_length": 4, "steps": 4, **given}))
 
     run()
+
+
+def test_names_out_of_a_list_have_a_nearest() -> None:
+    from skipwise.scheduling.front import FrontSettings
+
+    with pytest.raises(UserError, match=r"Unknown stand_in 'lineer'\. Did you mean 'linear'"):
+        FrontSettings(stand_in="lineer")  # type: ignore[arg-type]

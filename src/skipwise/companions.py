@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from skipwise.files import output_file, partial_folder, put, unwritable, write_atomically
+from skipwise.files import folder_held, output_file, partial_folder, put, unwritable, write_atomically
 
 DIGITS = 12  # of the sum, in a name
 
@@ -37,11 +37,13 @@ def write_together(path: str | Path, content: str, beside: Sequence[Beside], nam
     path = Path(path)
     output_file(path)
     try:
-        with _written(path.parent, beside):
-            write_atomically(path, content)
-        for companion in beside:
-            _settle(path.parent, companion)
-        _clear(path.parent, names)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with folder_held(path.parent):
+            with _written(path.parent, beside):
+                write_atomically(path, content)
+            for companion in beside:
+                _settle(path.parent, companion)
+            _clear(path.parent, names)
     except OSError as error:
         raise unwritable(path, error) from error
     return path
@@ -68,7 +70,6 @@ def _written(folder: Path, beside: Sequence[Beside]) -> Iterator[None]:
             aside = _aside(folder, companion.name, companion.sum)
             if companion.sum_of(folder / companion.name) == companion.sum or aside.exists():
                 continue  # there already, whole: such names come by renaming alone
-            folder.mkdir(parents=True, exist_ok=True)
             with partial_folder(folder) as work:
                 companion.write(work / "new")
                 (work / "new").rename(aside)

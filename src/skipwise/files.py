@@ -90,6 +90,21 @@ def partial_folder(folder: Path) -> Iterator[Path]:
         yield partial
 
 
+@contextmanager
+def folder_held(folder: Path) -> Iterator[None]:
+    """One writer at a time in the folder, of those who ask so; where the system has no locks, as many as there are."""
+    if fcntl is None:
+        yield
+        return
+    lock = os.open(folder, os.O_RDONLY)
+    try:
+        with suppress(OSError):
+            fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(lock)
+
+
 def remove_partials(folder: Path) -> None:
     """Remove what writers that were killed have left in the folder."""
     for left in folder.glob(f"{PARTIAL}*"):

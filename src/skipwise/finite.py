@@ -14,8 +14,12 @@ MANY = 256  # numbers that are held back before the largest of them is taken
 
 def is_finite(tensor: Tensor) -> bool:
     """Whether every number is."""
-    if not tensor.is_floating_point():
+    if tensor.is_complex():
+        return is_finite(torch.view_as_real(tensor))
+    if not tensor.is_floating_point() or tensor.is_meta:
         return True
+    if tensor.element_size() == 1:  # float8 knows no sums
+        tensor = tensor.float()
     # a sum is quicker, and not finite when any number in it is not; the other way round it may overflow by itself
     return bool(tensor.sum().isfinite()) or bool(tensor.isfinite().all())
 

@@ -1,9 +1,9 @@
-"""Who changes a model: one thread, and in it one asyncio task, at a time."""
+"""Who changes a model: one thread, and in it one asyncio task, at a time, with what these have started meanwhile."""
 
-import asyncio
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from contextvars import ContextVar
 from dataclasses import dataclass
 from weakref import WeakKeyDictionary
 
@@ -11,16 +11,17 @@ from torch import nn
 
 from skipwise.errors import UserError
 
-_lock = threading.Lock()
+_lock = threading.RLock()  # a generator that is collected meanwhile may leave a claim
 
 
-@dataclass
-class _Holder:
-    who: tuple[int, int]
+@dataclass(eq=False)
+class _Claim:
     times: int = 0
 
 
-_holders: WeakKeyDictionary[nn.Module, _Holder] = WeakKeyDictionary()
+_claims: WeakKeyDictionary[nn.Module, _Claim] = WeakKeyDictionary()
+# the claims that this thread or task is inside of; what a task starts takes them along (contextvars), a new thread none
+_inside: ContextVar[frozenset[_Claim]] = ContextVar("claims", default=frozenset())
 
 
 @contextmanager
@@ -30,25 +31,20 @@ def claimed(model: nn.Module) -> Iterator[None]:
     Raises UserError while it is another's: a wait could be for ever, as that one may wait for this.
     """
     with _lock:
-        holder = _holders.setdefault(model, _Holder(_me()))
-        if holder.who != _me():
+        claim = _claims.setdefault(model, _Claim())
+        if claim.times and claim not in _inside.get():
             raise UserError(
                 f"A plan of another thread or task is in force on this {type(model).__name__}; enter plans of one "
                 "model one after the other (under a threading.Lock of your own), or load the model once for each."
             )
-        holder.times += 1
+        claim.times += 1
+    before = _inside.set(_inside.get() | {claim})
     try:
         yield
     finally:
+        with suppress(ValueError):  # left in another task than it was entered in
+            _inside.reset(before)
         with _lock:
-            holder.times -= 1
-            if not holder.times:
-                _holders.pop(model, None)
-
-
-def _me() -> tuple[int, int]:
-    try:
-        task = id(asyncio.current_task())
-    except RuntimeError:  # no loop is running
-        task = 0
-    return threading.get_ident(), task
+            claim.times -= 1
+            if not claim.times:
+                _claims.pop(model, None)

@@ -38,7 +38,7 @@ def identity(
         "model": weights_identity(model),
         "plan": plan_identity(plan),
         "tokenizer": tokenizer_identity(tokenizer),
-        "settings": json.loads(json.dumps(settings or {}, sort_keys=True, default=str)),
+        "settings": plain(settings or {}),
         "versions": versions(),
     }
     return parts | {f"model {name}": weights_identity(other) for name, other in (others or {}).items()}
@@ -58,7 +58,7 @@ def check_same(before: Mapping[str, Any], now: Mapping[str, Any], what: str, ins
 def weights_identity(model: nn.Module) -> str:
     """Of a model's class, config and weights: "tensors:..." of what is in memory, "files:..." of what is not all."""
     model = unwrap(model)
-    total = hashlib.sha256(f"{type(model).__name__} {_config(model)}".encode())
+    total = hashlib.sha256(f"{type(model).__name__} {_config(model)} {_switches(model)}".encode())
     here = True
     for name, tensor in _tensors(model):
         total.update(f"{name} {tensor.dtype} {tuple(tensor.shape)} ".encode())
@@ -84,32 +84,70 @@ def tokenizer_identity(tokenizer: Any) -> str | None:
     if tokenizer is None:
         return None
     backend = getattr(tokenizer, "backend_tokenizer", None)
+    words = json.loads(backend.to_str()) if backend is not None else getattr(tokenizer, "get_vocab", dict)()
+    passing = ("padding", "truncation")  # how the last call asked for it
     said = [
-        backend.to_str() if backend is not None else sorted(getattr(tokenizer, "get_vocab", dict)().items()),
-        {name: str(token) for name, token in getattr(tokenizer, "special_tokens_map", {}).items()},
+        {name: part for name, part in words.items() if backend is None or name not in passing},
+        getattr(tokenizer, "special_tokens_map", {}),
         str(getattr(tokenizer, "chat_template", None)),
     ]
-    return hashlib.sha256(json.dumps(said, sort_keys=True).encode()).hexdigest()
+    return hashlib.sha256(json.dumps(plain(said), sort_keys=True).encode()).hexdigest()
+
+
+def plain(value: Any) -> Any:
+    """The value as JSON can hold it, with keys of text; what is none of JSON's kinds by its class and what is in it."""
+    if value is None or isinstance(value, str | int | float | bool):
+        return value
+    if isinstance(value, Mapping):
+        return {str(key): plain(part) for key, part in value.items()}
+    if isinstance(value, list | tuple | set | frozenset):
+        parts = [plain(part) for part in value]
+        return sorted(parts, key=str) if isinstance(value, set | frozenset) else parts
+    text = str(value)
+    return f"{type(value).__name__} {plain(vars(value))}" if " at 0x" in text and hasattr(value, "__dict__") else text
 
 
 def _config(model: nn.Module) -> str:
     config: Any = getattr(model, "config", {})
-    said = config.to_dict() if hasattr(config, "to_dict") else dict(config)
-    return json.dumps({k: v for k, v in said.items() if k not in VOLATILE}, sort_keys=True, default=str)
+    told = config.to_dict() if hasattr(config, "to_dict") else config
+    said = told if isinstance(told, Mapping) else getattr(told, "__dict__", {})
+    return json.dumps(plain({name: value for name, value in said.items() if name not in VOLATILE}), sort_keys=True)
 
 
 def _tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """Names and tensors, with those that quantised weights are made of."""
     for name, tensor in (*model.named_parameters(), *model.named_buffers()):
         inner = getattr(tensor, "__tensor_flatten__", None)
         if inner is not None:  # torchao's, DTensor's: made of plain ones
             yield from ((f"{name}.{part}", getattr(tensor, part)) for part in inner()[0])
         else:
             yield name, tensor
+        state = getattr(tensor, "quant_state", None)  # bitsandbytes' scales
+        for holder in (tensor, state, getattr(state, "state2", None)):
+            for part, value in getattr(holder, "__dict__", {}).items():
+                if isinstance(value, Tensor) and part not in ("grad", "data"):
+                    yield f"{name} {type(holder).__name__}.{part}", value
+    for path, module in model.named_modules():  # torch's own dynamic quantisation
+        if hasattr(module, "_packed_params") and callable(getattr(module, "weight", None)):
+            yield f"{path}.weight", module.weight().dequantize()
+
+
+def _switches(model: nn.Module) -> list[Any]:
+    """What adapters on the model are told: scales, which are on, which are merged."""
+    names = ("scaling", "active_adapters", "disable_adapters", "merged_adapters")
+    return [
+        [path, *(plain(getattr(module, name)) for name in names)]
+        for path, module in model.named_modules()
+        if all(hasattr(module, name) for name in names)
+    ]
 
 
 def _sum(tensor: Tensor) -> int:
     """Of all bits, each word weighed by its place with an odd number, so that no single change leaves it as it is."""
-    data = tensor.detach().contiguous().reshape(-1).view(torch.uint8)
+    if tensor.is_quantized:
+        tensor = tensor.dequantize()
+    dense = tensor.detach().to_dense().resolve_conj().resolve_neg()
+    data = dense.contiguous().reshape(-1).view(torch.uint8)
     if data.storage_offset() % 8:
         data = data.clone()
     whole = data.numel() // 8 * 8

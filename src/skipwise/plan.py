@@ -20,7 +20,7 @@ from torch import Tensor
 
 from skipwise.companions import Beside, find_companion, write_together
 from skipwise.errors import UserError, unknown
-from skipwise.files import read_json
+from skipwise.files import output_file, read_json
 
 FORMAT = "skipwise-plan/1"
 STAND_INS, ADAPTER = ".stand-ins.safetensors", ".adapter"  # behind the name of the plan's file
@@ -241,17 +241,18 @@ class Plan(_Frozen):
 
         What was there is replaced whole: a crash leaves the older plan or the newer one, each with what is its own.
         """
-        path, beside, update = Path(path), [], {}
+        path, beside, update = output_file(path), [], {}
+        stem = path.name.removesuffix(".json")
         if self.stand_ins is not None:
-            content, name = self._stand_in_bytes(), f"{path.stem}{STAND_INS}"
+            content, name = self._stand_in_bytes(), f"{stem}{STAND_INS}"
             update["stand_ins"] = self.stand_ins.model_copy(update={"name": name})
             beside.append(Beside(name, self.stand_ins.sha256, lambda new: new.write_bytes(content), _file_sum))
         if self.adapter is not None and (source := self.adapter_folder()) is not None:
-            name = f"{path.stem}{ADAPTER}"
+            name = f"{stem}{ADAPTER}"
             update["adapter"] = self.adapter.model_copy(update={"name": name})
             beside.append(Beside(name, self.adapter.sha256, lambda new: shutil.copytree(source, new), _folder_sum))
         content_of = self.model_copy(update=update).model_dump_json(indent=2, exclude_none=True) + "\n"
-        return write_together(path, content_of, beside, [f"{path.stem}{suffix}" for suffix in (STAND_INS, ADAPTER)])
+        return write_together(path, content_of, beside, [f"{stem}{suffix}" for suffix in (STAND_INS, ADAPTER)])
 
     @classmethod
     def load(cls, path: str | Path) -> "Plan":
@@ -266,7 +267,7 @@ class Plan(_Frozen):
             found = content.get("format") if isinstance(content, dict) else type(content).__name__
             raise UserError(f"{path} is not a {FORMAT} file (its format is {found!r}). Make one with `skipwise plan`.")
         plan = cls.parse(content, source=str(path))
-        plan._folder = Path(path).parent
+        plan._folder = output_file(path).parent  # companions lie beside the file itself, not beside a link to it
         return plan
 
     @classmethod

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from skipwise.analysis.record import Analysis
+from skipwise.analysis.record import Analysis, not_measured
 from skipwise.analysis.run import Run
 from skipwise.analysis.samples import batches, tokenize
 from skipwise.blocks import Contract, find_contract
@@ -14,7 +14,7 @@ from skipwise.calibration import Text, fingerprint
 from skipwise.cost import price_blocks
 from skipwise.errors import UserError, unknown
 from skipwise.examples import Size, check_text_alone
-from skipwise.finite import is_finite, not_finite
+from skipwise.finite import not_finite
 from skipwise.models import kind_of
 from skipwise.skipping import whole
 from skipwise.versions import versions
@@ -75,7 +75,7 @@ def analyze(
         work = batches(samples, batch_size)
         run = Run(model, contract, stack, samples, work, parts, **settings, on_progress=on_progress)
         tensors = run.tensors()
-        if not all(map(is_finite, tensors.values())):
+        if not_measured(tensors):
             raise not_finite(model, lambda: [model(batch.ids.to(run.device)) for batch in work])
         tensors["block_flops"] = _block_flops(model, contract, stack, max(len(s.ids) for s in samples))
     return Analysis(

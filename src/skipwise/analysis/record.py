@@ -10,7 +10,7 @@ from typing import Any, Literal, TypeVar
 import torch
 from pydantic import BaseModel, ConfigDict, Field
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file, save
+from safetensors.torch import save
 from torch import Tensor
 
 from skipwise.companions import Beside, find_companion, write_together
@@ -123,6 +123,8 @@ class Record(BaseModel):
         return {name: getattr(self, name) for name in type(self).model_fields if name not in Record.model_fields}
 
 
+ALWAYS_FINITE = ("similarity", "similarity_without_outliers", "cka", "update_norm", "outlier_share", "block_flops")
+_NONE = torch.zeros(())
 _BY_BLOCK = ("block_flops", "similarity", "similarity_without_outliers", "cka")  # what planners and figures count on
 Kind = TypeVar("Kind", bound=Record)
 
@@ -156,15 +158,27 @@ def read_record(folder: str | Path, what: str, kind: type[Kind], maker: str) -> 
     try:
         facts = parse_model(kind, folder / f"{what}.json")
         path = find_companion(folder, f"{what}.safetensors", facts.sum, _sum_of)
-        tensors = load_file(path)
+        with safe_open(path, framework="pt") as file:
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+            total = (file.metadata() or {}).get("sum")
     except (OSError, ValueError, SafetensorError) as error:
         raise UserError(f"{folder} holds no readable {what}: {reason_of(error)}. Make one with `{maker}`.") from error
-    if facts.sum and _sum_of(path) != facts.sum:
+    if facts.sum and total != facts.sum:
         raise UserError(f"{path} is not what {what}.json was written with. Make both anew with `{maker}`.")
-    for name, tensor in tensors.items():
-        if not is_finite(tensor):
-            raise UserError(f"{path} holds numbers that are not finite, in {name}. Make it anew with `{maker}`.")
+    wrong = not_measured(tensors)
+    if wrong:
+        raise UserError(f"{path} holds numbers that are not finite, in {wrong[0]}. Make it anew with `{maker}`.")
     return facts, tensors
+
+
+def not_measured(tensors: Mapping[str, Tensor]) -> list[str]:
+    """Names of statistics that hold what no measurement gives. NaN, where a bin holds nothing, is no number but fine in
+    statistics by step, by noise level and by distance.
+    """
+    always = {name: tensor for name, tensor in tensors.items() if name.rpartition("/")[2] in ALWAYS_FINITE}
+    if all(map(is_finite, always.values())) and not any(bool(tensor.isinf().any()) for tensor in tensors.values()):
+        return []
+    return [name for name, tensor in tensors.items() if tensor.isinf().any() or not is_finite(always.get(name, _NONE))]
 
 
 def _sum_of(path: Path) -> str | None:

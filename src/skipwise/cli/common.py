@@ -125,7 +125,7 @@ def settings_from(pairs: list[str], command: Callable[..., None], not_these: Ite
             )
         try:
             settings[key] = json.loads(value)
-        except (json.JSONDecodeError, RecursionError):
+        except (ValueError, RecursionError):
             settings[key] = value
     return settings
 

@@ -225,8 +225,8 @@ class _Plain:
     ) -> None:
         """Commit what is predicted at `where`, rows and positions (n,) of the part."""
         found = prediction.read(self._reader(i, part, where, prediction.vocabulary))
-        if prediction.states.dtype is torch.float16:  # in which a head overflows, too
-            self.denoiser.watch.add(found[-1])
+        if len(found) > 1:  # how confident, which is NaN where any logit is
+            self.denoiser.watch.add(found[1])
         if self.settings.alg == "origin":
             part.sequences[where] = found[0]
         else:
@@ -251,6 +251,8 @@ class _Plain:
             logits = logits.float()
             logits[:, part.mask] = -torch.inf  # no mask is filled with a mask
             self.penalty.add(logits, i)
+            if timed:
+                self.denoiser.watch.add(logits)
             logits = filtered(logits, settings)
             if feed is None and timed:
                 return (largest(logits),)

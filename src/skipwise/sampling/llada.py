@@ -226,8 +226,8 @@ class _Plain:
             self.windows.keep(part.rows, masks)
         prediction = self._predict(step, part, (where[0], where[1] + window.start))
         found = prediction.read(self._reader(part, window, where, prediction.vocabulary))
-        if prediction.states.dtype is torch.float16:  # in which a head overflows, too
-            self.denoiser.watch.add(found[-1])
+        if len(found) > 1:  # how confident, which is NaN where any logit is
+            self.denoiser.watch.add(found[1])
         chosen = view.index_put(where, found[0])
         confidence = torch.full_like(view, -torch.inf, dtype=torch.float32)
         confidence[where] = found[1] if len(found) > 1 else self._uniform(part, window)[where]
@@ -278,6 +278,7 @@ class _Plain:
                 noisy = noisy.nan_to_num_(0.0, torch.inf)
             chosen = largest(noisy)
             if settings.remasking == "random":
+                self.denoiser.watch.add(logits)
                 return (chosen,)
             for token in self.held_back:
                 logits[:, token] = -torch.inf

@@ -84,7 +84,9 @@ def predict(denoiser: Denoiser, step: Step, part: Part, time: Tensor, where: tup
     def head(states: Tensor) -> Tensor:
         logits = prediction.head(states).float()
         logits[..., part.mask] = -torch.inf
-        return (logits - logits.logsumexp(-1, keepdim=True)).exp()  # the official arithmetic of a softmax
+        probabilities = (logits - logits.logsumexp(-1, keepdim=True)).exp()  # the official arithmetic of a softmax
+        denoiser.watch.add(probabilities)
+        return probabilities
 
     return replace(prediction, head=head)
 
