@@ -176,7 +176,7 @@ def _check_source(config: Config, model: nn.Module, contract: Contract, plan: Pl
         stack = contract.stacks[kept.stack]
         why = None
         if stack.coupled:
-            why = f"share their weights with {', '.join(stack.coupled)}", "use the plan with `skip` instead"
+            why = f"share weights or a cache with {', '.join(stack.coupled)}", "use the plan with `skip` instead"
         elif stack.in_place and not kept.is_first:
             why = "depend on their number", "leave out none but the last, or use the plan with `skip`"
         if why is not None:

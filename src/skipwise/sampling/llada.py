@@ -46,7 +46,8 @@ class LLaDASettings(Settings):
     masked; a step then runs twice the rows. logits_eos_inf: never choose the end of text; confidence_eos_eot_inf:
     choose it last of all (under compat the official code's version, which at a temperature forgets the end of text).
     cache: "prefix", "dual", "delayed" or "interval", an approximation that does not run all positions at every step,
-    with refresh and prompt_refresh, in steps that are run (`skipwise.sampling.cache`); None is exact. focus: of the
+    with refresh and prompt_refresh, in steps that are run (`skipwise.sampling.cache`); None is exact. Refreshes of
+    "interval" count the batch's steps: with a threshold a row may depend on its companions there. focus: of the
     "delayed" cache: a step looks at this many masks of a row alone, those that the model was most confident of when it
     looked at them last; it looks at all where everything is run.
     """
