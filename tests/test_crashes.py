@@ -15,7 +15,7 @@ from skipwise.analysis import Comparison
 from skipwise.analysis.record import Analysis
 from skipwise.checkpoints import Checkpoint
 from skipwise.errors import UserError
-from skipwise.files import PARTIAL, write_bytes_atomically
+from skipwise.files import PARTIAL, partial_file, partial_folder, remove_partials, write_bytes_atomically
 from skipwise.finetuning.residuals import ResidualStore
 from skipwise.plan import ModelShape, Plan
 from tests.crashes import content, crash_points
@@ -181,8 +181,6 @@ def test_a_store_that_was_killed_at_once_can_be_made(tmp_path: Path) -> None:
 
 
 def test_what_another_writer_is_at_is_left_alone(tmp_path: Path) -> None:
-    from skipwise.files import partial_file, partial_folder, remove_partials
-
     with partial_file(tmp_path) as file, partial_folder(tmp_path) as folder:
         remove_partials(tmp_path)
         assert file.exists()
@@ -245,6 +243,13 @@ def test_companions_lie_beside_the_file_that_a_link_leads_to(tmp_path: Path) -> 
     assert link.is_symlink()
     for path in (link, tmp_path / "real" / "plan.json"):
         assert Plan.load(path).stand_in_tensors().keys() == {"0/blocks/3"}
+
+
+def test_a_plan_is_written_into_a_folder_that_is_being_made(tmp_path: Path) -> None:
+    """Its writer holds it: to wait for that would be for ever."""
+    with partial_folder(tmp_path) as folder:
+        plan(1)(folder)
+        assert plan_state(folder)
 
 
 def test_names_with_a_dot_have_companions_of_their_own(tmp_path: Path) -> None:

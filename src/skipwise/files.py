@@ -92,8 +92,11 @@ def partial_folder(folder: Path) -> Iterator[Path]:
 
 @contextmanager
 def folder_held(folder: Path) -> Iterator[None]:
-    """One writer at a time in the folder, of those who ask so; where the system has no locks, as many as there are."""
-    if fcntl is None:
+    """One writer at a time in the folder, of those who ask so; where the system has no locks, as many as there are.
+
+    One that is being made is its writer's, who holds it already.
+    """
+    if fcntl is None or folder.name.startswith(PARTIAL):
         yield
         return
     lock = os.open(folder, os.O_RDONLY)
