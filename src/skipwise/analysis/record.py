@@ -124,7 +124,6 @@ class Record(BaseModel):
 
 
 ALWAYS_FINITE = ("similarity", "similarity_without_outliers", "cka", "update_norm", "outlier_share", "block_flops")
-_NONE = torch.zeros(())
 _BY_BLOCK = ("block_flops", "similarity", "similarity_without_outliers", "cka")  # what planners and figures count on
 Kind = TypeVar("Kind", bound=Record)
 
@@ -175,10 +174,13 @@ def not_measured(tensors: Mapping[str, Tensor]) -> list[str]:
     """Names of statistics that hold what no measurement gives. NaN, where a bin holds nothing, is no number but fine in
     statistics by step, by noise level and by distance.
     """
-    always = {name: tensor for name, tensor in tensors.items() if name.rpartition("/")[2] in ALWAYS_FINITE}
-    if all(map(is_finite, always.values())) and not any(bool(tensor.isinf().any()) for tensor in tensors.values()):
+    numbers = [tensor.reshape(-1) for tensor in tensors.values() if tensor.is_floating_point()]
+    if not numbers or bool(torch.cat(numbers).sum().isfinite()):  # the quick way, which is nearly always enough
         return []
-    return [name for name, tensor in tensors.items() if tensor.isinf().any() or not is_finite(always.get(name, _NONE))]
+    always = {name for name in tensors if name.rpartition("/")[2] in ALWAYS_FINITE}
+    return [
+        name for name, tensor in tensors.items() if tensor.isinf().any() or (name in always and not is_finite(tensor))
+    ]
 
 
 def _sum_of(path: Path) -> str | None:
