@@ -124,7 +124,13 @@ WRITERS = {
 }
 
 
-@pytest.mark.parametrize("name", WRITERS)
+# those of which another one does all that they do, and more
+ALIKE = ("without companions", "without an adapter", "comparison over", "one with stand-ins", "beside a comparison")
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(n, marks=[pytest.mark.slow] if any(part in n for part in ALIKE) else []) for n in WRITERS]
+)
 def test_older_or_newer(name: str, tmp_path: Path) -> None:
     writer, folder = WRITERS[name], tmp_path / "there"
 

@@ -304,6 +304,7 @@ def test_stand_ins_lose_less_than_the_identity(zoo_calibration: Calibration) -> 
     assert linear < 0.7 * bare
 
 
+@pytest.mark.slow
 def test_healing_loses_less_and_leaves_the_model_alone(zoo_calibration: Calibration, tmp_path: Path) -> None:
     model = zoo_calibration.model
     plan = plan_of(model, [9, 11, 12, 13, 14, 15, 17, 18])

@@ -290,7 +290,7 @@ def test_logits_are_kept_where_something_is_read(models: dict[str, nn.Module]) -
         ("llama", ([], [1]), {}, "give every request a prefix"),
         ("dream", ([], [1]), {}, "give every request a prefix"),
         ("llada", (PREFIX, [1]), {"mc_num": 0}, "mc_num=0"),
-        ("llada", (PREFIX, [1]), {"compat": "lada"}, "'llada', 'dream'"),
+        ("llada", (PREFIX, [1]), {"compat": "lada"}, "Unknown compat 'lada'. Did you mean 'llada'"),
         ("llada", (PREFIX, [1]), {"compat": "llada", "mc_num": 10, "batch_size": 4}, "multiple of batch_size"),
         ("llada", (PREFIX, [1]), {"compat": "dream", "chain": True}, "leave out compat"),
     ],

@@ -55,8 +55,6 @@ class LikelihoodSettings:
         for name in ("mc_num", "batch_size"):
             if getattr(self, name) < 1:
                 raise UserError(f"{name}={getattr(self, name)} is too small; it must be 1 or more.")
-        if self.compat not in (None, "llada", "dream"):
-            raise UserError(f"compat={self.compat!r} is unknown; use 'llada', 'dream' or leave it out.")
         if self.compat and self.chain:
             raise UserError(f"chain draws no masks; leave out compat={self.compat!r}.")
         if self.compat == "llada" and self.mc_num % self.batch_size:
