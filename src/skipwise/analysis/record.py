@@ -120,7 +120,7 @@ class Record(BaseModel):
 
     def own(self) -> dict[str, Any]:
         """What it says of its matter, by name."""
-        return {name: getattr(self, name) for name in type(self).model_fields if name not in Record.model_fields}
+        return {name: value for name, value in self.__dict__.items() if name not in ("format", "sum")}
 
 
 ALWAYS_FINITE = ("similarity", "similarity_without_outliers", "cka", "update_norm", "outlier_share", "block_flops")
@@ -154,12 +154,12 @@ def write_record(folder: str | Path, what: str, facts: Record, tensors: Mapping[
 def read_record(folder: str | Path, what: str, kind: type[Kind], maker: str) -> tuple[Kind, dict[str, Tensor]]:
     """What `write_record` wrote. Raises UserError for a folder that holds none, and for a number that is not finite."""
     folder = Path(folder)
+    path = folder / f"{what}.safetensors"
     try:
         facts = parse_model(kind, folder / f"{what}.json")
-        path = find_companion(folder, f"{what}.safetensors", facts.sum, _sum_of)
-        with safe_open(path, framework="pt") as file:
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-            total = (file.metadata() or {}).get("sum")
+        tensors, total = _read(path) if path.exists() else ({}, None)
+        if total != facts.sum:  # its writer was stopped, and the one that belongs to the facts has another name
+            tensors, total = _read(find_companion(folder, path.name, facts.sum, _sum_of))
     except (OSError, ValueError, SafetensorError) as error:
         raise UserError(f"{folder} holds no readable {what}: {reason_of(error)}. Make one with `{maker}`.") from error
     if facts.sum and total != facts.sum:
@@ -183,6 +183,13 @@ def not_measured(tensors: Mapping[str, Tensor]) -> list[str]:
     ]
 
 
+def _read(path: Path) -> tuple[dict[str, Tensor], str | None]:
+    """The tensors of a file, and the sum that it was written with."""
+    with safe_open(path, framework="pt") as file:
+        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        return tensors, (file.metadata() or {}).get("sum", "")
+
+
 def _sum_of(path: Path) -> str | None:
     """The sum that a file of tensors was written with, or None."""
     try:
@@ -196,9 +203,9 @@ def _check_stacks(folder: str | Path, model: ModelShape, tensors: Mapping[str, T
     """Raise UserError for statistics of other stacks, or of stacks of another length, than the model's."""
     for key, tensor in tensors.items():
         stack, _, name = key.rpartition("/")
-        length = model.stacks.get(stack)
-        shape = {"block_flops": lambda n: (n,)}.get(name, lambda n: (n + 1, n + 1))
-        if length is None or (name in _BY_BLOCK and tensor.shape != shape(length)):
+        length = model.stacks.get(stack, -1)
+        shape = (length,) if name == "block_flops" else (length + 1, length + 1)
+        if length < 0 or (name in _BY_BLOCK and tuple(tensor.shape) != shape):
             raise UserError(
                 f"{folder} has {name} {tuple(tensor.shape)} of {stack!r}, and {model.architecture} has {model.stacks}; "
                 "make it anew with `skipwise analyze`."
