@@ -39,7 +39,10 @@ class Watch:
 
     def fine(self, device: torch.device) -> Tensor:
         """(): bool, whether all were finite."""
-        return (self._worst() < torch.inf).to(device) if self._most else torch.tensor(True, device=device)
+        if not self._most:
+            return torch.tensor(True, device=device)
+        self._most = [self._worst()]
+        return (self._most[0] < torch.inf).to(device)
 
     def _worst(self) -> Tensor:
         device = self._most[0].device

@@ -36,9 +36,7 @@ def cache_off(model: Any) -> Iterator[None]:
     try:
         yield
     finally:
-        _enable(model, config)
-        if context is not None:
-            importlib.import_module("diffusers.hooks.hooks")._set_cache_context(model, context)
+        _enable(model, config, context)
 
 
 @contextmanager
@@ -49,13 +47,12 @@ def cache_back(model: Any) -> Iterator[None]:
         yield
     except BaseException:
         if config is not None and not is_cached(model):
-            model.enable_cache(config)
-            if context is not None:
-                importlib.import_module("diffusers.hooks.hooks")._set_cache_context(model, context)
+            _enable(model, config, context)
         raise
 
 
-def _enable(model: Any, config: Any) -> None:
+def _enable(model: Any, config: Any, context: Any) -> None:
+    """Switch the cache on, in the context that it was in."""
     try:
         model.enable_cache(config)
     except (ValueError, IndexError, KeyError) as error:  # the blocks that are left are none that it can hang on
@@ -64,6 +61,8 @@ def _enable(model: Any, config: Any) -> None:
             f"{type(config).__name__} cannot be switched on for the blocks that the plan leaves ({error}); call "
             "disable_cache() first, or use another plan."
         ) from error
+    if context is not None:
+        importlib.import_module("diffusers.hooks.hooks")._set_cache_context(model, context)
 
 
 def _context(model: nn.Module) -> Any:

@@ -56,11 +56,6 @@ class Settings:
         if self.steps is not None and self.steps > LONGEST:
             raise UserError(f"steps={self.steps} are more than a text has tokens; give at most {LONGEST}.")
 
-    def one_of(self, name: str, legal: tuple[str, ...]) -> None:
-        """Raise UserError when the setting `name` is none of `legal`."""
-        if getattr(self, name) not in legal:
-            raise unknown(name, getattr(self, name), legal)
-
     def at_least_zero(self, name: str, why: str) -> None:
         """Raise UserError when the setting `name` is negative."""
         if getattr(self, name) < 0:

@@ -22,7 +22,6 @@ from skipwise.sampling.noise import Noise, gumbel_argmax
 from skipwise.sampling.prediction import Prediction, Reader, largest, probabilities_of
 
 Algorithm = Literal["origin", "maskgit_plus", "topk_margin", "entropy"]
-ALGORITHMS = ("origin", "maskgit_plus", "topk_margin", "entropy")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,7 +55,6 @@ class DreamSettings(Settings):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self.one_of("alg", ALGORITHMS)
         self.at_least_zero("temperature", "0 is greedy, 1 is the model's distribution")
         self.at_least_zero("alg_temp", "0 commits the most confident positions")
         self.at_least_zero("eos_penalty", "0 is without a penalty, 3 is Dream-Coder's")

@@ -68,7 +68,6 @@ class LLaDASettings(Settings):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self.one_of("remasking", ("low_confidence", "random"))
         self.at_least_zero("temperature", "0 is greedy, 1 is the model's distribution")
         self.at_least_zero("cfg_scale", "0 is without guidance")
         check_cache(self.cache, self.refresh, self.prompt_refresh, self.compat)

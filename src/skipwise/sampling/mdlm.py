@@ -21,7 +21,6 @@ from skipwise.sampling.prediction import Prediction, largest
 
 Event = tuple[float, list[int]]  # progress in [0, 1], or above: never in time; positions
 Sampler = Literal["first_hitting", "ddpm", "ddpm_cache"]
-SAMPLERS = ("first_hitting", "ddpm", "ddpm_cache")
 NOISE_EPS = 1e-3  # of the log-linear schedule: at t = 1 a token is masked with probability 1 - NOISE_EPS
 LAST_TIME = 1e-5  # where sampling ends; what is masked then takes its most probable token
 
@@ -42,8 +41,6 @@ class MDLMSettings(Settings):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self.one_of("sampler", SAMPLERS)
-        self.one_of("noise_dtype", ("float64", "float32"))
         if self.compat and self.sampler == "first_hitting":
             object.__setattr__(self, "sampler", "ddpm_cache")  # what the official code does by default
 
